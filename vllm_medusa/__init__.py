@@ -1,0 +1,1 @@
+"""Medusa heads and draft trees for stock vLLM."""

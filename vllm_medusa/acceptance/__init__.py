@@ -1,0 +1,1 @@
+"""Which of a tree's rows are kept."""

@@ -1,0 +1,70 @@
+"""Exact acceptance: the target's own draws walk the tree, one level at a time.
+
+Every emitted token is a draw of the target's sampler from the target's logits at the row where the request stands, and a
+request draws once for each token that it emits. So the text has the target's distribution whatever the sampling
+parameters, and a seeded request emits what it would emit without speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_medusa.tree.batch import TreeBatch
+
+NO_TOKEN = -1
+"""Fills the columns after a request's last emitted token (vLLM's ``PLACEHOLDER_TOKEN_ID``)."""
+
+Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""``draw(row [requests], walking [requests] bool) -> token [requests]``; tokens of requests that stopped are ignored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """Where each request went.
+
+    Attributes:
+        tokens: ``[requests, levels]``, int64: the emitted tokens, then -1. The last one emitted is carried by no row.
+        rows: ``[requests, levels]``, int64: the row each token was drawn at, -1 after the last one.
+
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """``[requests]``, int64: emitted tokens, the accepted drafts and the one after them."""
+        return (self.rows >= 0).sum(dim=1)
+
+    @property
+    def last_row(self) -> torch.Tensor:
+        """``[requests]``, int64: the row at which each request stopped."""
+        return self.rows.amax(dim=1)
+
+
+def walk(batch: TreeBatch, draw: Draw) -> Walk:
+    """Walk every request's tree from its root, one draw a level, until no child carries the token drawn.
+
+    Args:
+        batch: the trees.
+        draw: the target's sampler; called once a level, at most ``batch.max_depth + 1`` times, and not again once no
+            request walks.
+
+    """
+    row, walking = batch.root, torch.ones_like(batch.root, dtype=torch.bool)
+    tokens, rows = [], []
+    for level in range(batch.max_depth + 1):
+        drawn = draw(row, walking)
+        tokens.append(torch.where(walking, drawn, NO_TOKEN))
+        rows.append(torch.where(walking, row, NO_TOKEN))
+        if level == batch.max_depth:
+            break
+        child = batch.child(row, drawn)
+        walking = walking & (child >= 0)
+        if batch.root.device.type == "cpu" and not walking.any():
+            break
+        row = torch.where(walking, child, row)
+    return Walk(torch.stack(tokens, dim=1), torch.stack(rows, dim=1))

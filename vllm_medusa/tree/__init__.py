@@ -1,0 +1,1 @@
+"""Draft trees: their shape, the ways to choose one, and batches of them."""

@@ -1,0 +1,191 @@
+"""Trees that are the same for every request: chain, Cartesian product, explicit choices, best-first.
+
+A node's path is the ranks from the root down to it, as in the reference implementation's ``medusa_choices``:
+``[2, 0]`` is head 2's most probable token below head 1's third most probable one. The scheduler may cut a draft
+to its first rows, so every builder but the explicit one puts the rows that are most likely accepted first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from vllm_medusa.tree.topology import ROOT, DraftTree
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StaticTree:
+    """A tree whose rows are bound to ranks of the heads' predictions rather than to tokens.
+
+    Attributes:
+        topology: the tree.
+        ranks: ``[rows]``, int64, on the CPU: row i carries the ``ranks[i]``-th most probable token of the head
+            of its depth (0 = top-1); the root's is 0 and never read.
+
+    """
+
+    topology: DraftTree
+    ranks: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.ranks.shape != self.topology.parents.shape or self.ranks.dtype != torch.int64:
+            raise ValueError(
+                f"ranks must be an int64 vector of {len(self.topology)} rows, "
+                f"got {self.ranks.dtype} {tuple(self.ranks.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.topology)
+
+    def prefix(self, rows: int) -> StaticTree:
+        """Return the tree of the first ``rows`` rows, the root counted."""
+        return self if rows >= len(self) else StaticTree(self.topology.prefix(rows), self.ranks[:rows])
+
+    @property
+    def depth(self) -> int:
+        """The longest path's number of ranks: how many heads the tree needs."""
+        return self.topology.depth
+
+    @property
+    def top_k(self) -> int:
+        """How many of each head's most probable tokens the tree needs."""
+        return int(self.ranks.max()) + 1
+
+    @property
+    def choices(self) -> list[list[int]]:
+        """Each drafted row's path, in row order, the root left out."""
+        paths: list[list[int]] = [[]]
+        for parent, rank in zip(self.topology.parents.tolist()[1:], self.ranks.tolist()[1:], strict=True):
+            paths.append([*paths[parent], rank])
+        return paths[1:]
+
+
+def chain(depth: int) -> StaticTree:
+    """Return the chain of each head's most probable token, ``depth`` tokens long."""
+    if depth < 1:
+        raise ValueError(f"medusa_tree: a chain of depth {depth} drafts nothing; give a depth of at least 1")
+    return _from_paths((0,) * length for length in range(1, depth + 1))
+
+
+def cartesian(widths: Sequence[int]) -> StaticTree:
+    """Return the tree in which every node at depth d has ``widths[d]`` children, of ranks 0, 1, ...
+
+    Args:
+        widths: children of the root, of each node at depth 1, and so on.
+
+    Raises:
+        ValueError: ``widths`` is empty or holds something that is not a positive integer.
+
+    """
+    if not widths or not all(_is_rank(width) and width > 0 for width in widths):
+        raise ValueError(
+            f"medusa_tree: {list(widths)} is not a Cartesian product; "
+            "give one integer of at least 1 per depth, such as [4, 2, 2]"
+        )
+    paths = (path for depth in range(len(widths)) for path in product(*map(range, widths[: depth + 1])))
+    return _from_paths(sorted(paths, key=lambda path: (sum(path) + len(path), len(path), path)))
+
+
+def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
+    """Return the tree of explicit paths such as ``[[0], [0, 0], [1]]``.
+
+    Rows keep the order of the paths if each comes after its parent, else they are sorted by depth.
+
+    Args:
+        choices: every drafted node's path; a path's parent must be listed too.
+
+    Raises:
+        ValueError: there is no path, or one that is not a list of ranks, is listed twice, or has no parent.
+
+    """
+    if not choices:
+        raise ValueError("medusa_tree: the list of paths is empty; give at least one path, such as [[0]]")
+    paths: dict[Path, None] = {}
+    for choice in choices:
+        if not isinstance(choice, list | tuple) or not choice or not all(map(_is_rank, choice)):
+            raise ValueError(
+                f"medusa_tree: {choice!r} is not a path; a path is a list of one or more ranks from 0 "
+                "(a head's most probable token) up, such as [0, 2], and the root is implied"
+            )
+        if tuple(choice) in paths:
+            raise ValueError(f"medusa_tree: path {list(choice)} is listed twice; list each path once")
+        paths[tuple(choice)] = None
+    for path in paths:
+        if path[:-1] and path[:-1] not in paths:
+            raise ValueError(
+                f"medusa_tree: path {list(path)} has no parent; "
+                f"every path but those of one rank hangs below another, add {list(path[:-1])}"
+            )
+    row = {path: index for index, path in enumerate(paths)}
+    parent_first = all(row.get(path[:-1], ROOT) < row[path] for path in paths)
+    return _from_paths(paths if parent_first else sorted(paths, key=len))
+
+
+def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
+    """Return the tree of ``nodes`` drafted nodes with the most tokens accepted per step (paper, section 2.3.3).
+
+    A path is accepted with the product of its nodes' accuracies, and the expected number of accepted tokens is
+    the sum of these products over all nodes. A child's product is at most its parent's, so adding the best node
+    again and again gives the best tree of every size, and its prefixes are the best trees of the smaller sizes.
+
+    Args:
+        accuracies: ``[heads, ranks]``: the probability that head k + 1's token of rank r is the target's.
+        nodes: drafted nodes, the root not counted.
+
+    Raises:
+        ValueError: the accuracies are not probabilities, or give fewer than ``nodes`` nodes to choose from.
+
+    """
+    if accuracies.ndim != 2 or not bool(((accuracies >= 0) & (accuracies <= 1)).all()):
+        raise ValueError(
+            "medusa_tree: the calibrated accuracies must be a matrix [heads, ranks] of probabilities, "
+            f"got {accuracies.tolist()}; calibrate the heads again"
+        )
+    heads, ranks = accuracies.shape
+    available = sum(ranks**depth for depth in range(1, heads + 1))
+    if not 1 <= nodes <= available:
+        raise ValueError(
+            f"medusa_tree: {heads} heads of {ranks} calibrated ranks give trees of 1 to {available} nodes, "
+            f"not {nodes}; set num_speculative_tokens within that or calibrate more ranks"
+        )
+    rows: list[list[float]] = accuracies.tolist()
+    paths: list[Path] = []
+    frontier: list[tuple[float, int, Path]] = [(-1.0, 0, ())]
+    while len(paths) <= nodes:
+        negated, depth, path = heapq.heappop(frontier)
+        paths.append(path)
+        if depth < heads:
+            for rank, accuracy in enumerate(rows[depth]):
+                heapq.heappush(frontier, (negated * accuracy, depth + 1, (*path, rank)))
+    return _from_paths(paths[1:])
+
+
+def validate_depth(tree: StaticTree, num_heads: int) -> None:
+    """Raise ``ValueError``, naming the first path that is too long, if the tree is deeper than the heads."""
+    for path in tree.choices:
+        if len(path) > num_heads:
+            raise ValueError(
+                f"medusa_tree: path {path} is {len(path)} deep, but there are {num_heads} heads; "
+                f"give paths of at most {num_heads} ranks"
+            )
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _from_paths(paths: Iterable[Path]) -> StaticTree:
+    """Number the paths in their order, which is parent-first; the root comes before them all."""
+    row: dict[Path, int] = {(): 0}
+    parents, ranks = [ROOT], [0]
+    for path in paths:
+        parents.append(row[path[:-1]])
+        ranks.append(path[-1])
+        row[path] = len(row)
+    return StaticTree(DraftTree.from_parents(parents), torch.tensor(ranks, dtype=torch.int64))

@@ -1,1 +1,1 @@
-
+"""Attention over a context and a draft tree, and the metadata that tells a backend which rows see which."""

@@ -1,8 +1,8 @@
 """Trees that are the same for every request: chain, Cartesian product, explicit choices, best-first.
 
 A node's path is the ranks from the root down to it, as in the reference implementation's ``medusa_choices``:
-``[2, 0]`` is head 2's most probable token below head 1's third most probable one. The scheduler may cut a draft
-to its first rows, so every builder but the explicit one puts the rows that are most likely accepted first.
+``[2, 0]`` is head 2's most probable token below head 1's third most probable one. The scheduler may cut a
+draft to its first rows, so every builder but the explicit one puts the rows that are likely accepted first.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class StaticTree:
 
     Attributes:
         topology: the tree.
-        ranks: ``[rows]``, int64, on the CPU: row i carries the ``ranks[i]``-th most probable token of the head
-            of its depth (0 = top-1); the root's is 0 and never read.
+        ranks: ``[rows]``, int64, on the CPU: row i carries its head's ``ranks[i]``-th most probable token
+            (0 = top-1); the root's is 0 and never read.
 
     """
 
@@ -128,11 +128,11 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
 
 
 def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
-    """Return the tree of ``nodes`` drafted nodes with the most tokens accepted per step (paper, section 2.3.3).
+    """Return the tree of ``nodes`` nodes that has the most tokens accepted per step (paper, section 2.3.3).
 
-    A path is accepted with the product of its nodes' accuracies, and the expected number of accepted tokens is
-    the sum of these products over all nodes. A child's product is at most its parent's, so adding the best node
-    again and again gives the best tree of every size, and its prefixes are the best trees of the smaller sizes.
+    A path is accepted with the product of its nodes' accuracies, and the expected number of accepted tokens
+    is the sum of these products over all nodes. A child's product is at most its parent's, so adding the best
+    node again and again gives the best tree of every size, and its prefixes are the best smaller trees.
 
     Args:
         accuracies: ``[heads, ranks]``: the probability that head k + 1's token of rank r is the target's.

@@ -1,4 +1,4 @@
-"""Tree attention written densely, slow and obviously right: what the other implementations are tested against."""
+"""Tree attention written densely, slow and obviously right: what the others are tested against."""
 
 from __future__ import annotations
 

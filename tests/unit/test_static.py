@@ -110,10 +110,8 @@ def test_best_first_has_the_largest_sum_of_path_products(table: torch.Tensor, da
     assert len(tree) == nodes + 1
     rows = table.tolist()
     value = {path: path_product(path, rows) for path in paths}
-    every_tree = (
-        chosen for chosen in combinations(paths, nodes) if all(p[:-1] in ((), *chosen) for p in chosen)
-    )
-    best = max(sum(value[path] for path in chosen) for chosen in every_tree)
+    every_tree = (some for some in combinations(paths, nodes) if all(p[:-1] in ((), *some) for p in some))
+    best = max(sum(value[path] for path in some) for some in every_tree)
     assert sum(value[tuple(path)] for path in tree.choices) == pytest.approx(best)
 
 

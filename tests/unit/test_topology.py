@@ -73,9 +73,7 @@ def test_a_chain_of_some_depth_is_causal(depth: int) -> None:
 
 @deterministic
 @given(trees(min_rows=2), st.data())
-def test_a_parent_that_does_not_come_first_is_refused_by_its_row(
-    tree: DraftTree, data: st.DataObject
-) -> None:
+def test_a_parent_that_comes_later_is_refused_by_its_row(tree: DraftTree, data: st.DataObject) -> None:
     row = data.draw(st.integers(1, len(tree) - 1))
     parents = tree.parents.tolist()
     parents[row] = data.draw(st.integers(-3, -1) | st.integers(row, row + 3))

@@ -1,7 +1,7 @@
 """Exact acceptance: the target's own draws walk the tree, one level at a time.
 
-Every emitted token is a draw of the target's sampler from the target's logits at the row where the request stands, and a
-request draws once for each token that it emits. So the text has the target's distribution whatever the sampling
+Every emitted token is a draw of the target's sampler from the target's logits at the row where the request stands, and
+a request draws once for each token that it emits. So the text has the target's distribution whatever the sampling
 parameters, and a seeded request emits what it would emit without speculation.
 """
 
@@ -18,7 +18,7 @@ NO_TOKEN = -1
 """Fills the columns after a request's last emitted token (vLLM's ``PLACEHOLDER_TOKEN_ID``)."""
 
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""``draw(row [requests], walking [requests] bool) -> token [requests]``; tokens of requests that stopped are ignored."""
+"""``draw(row [requests], walking [requests] bool) -> token [requests]``; tokens of stopped requests are ignored."""
 
 
 @dataclass(frozen=True, eq=False)

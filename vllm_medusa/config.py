@@ -1,0 +1,252 @@
+"""The options of ``--speculative-config '{"method": "medusa", ...}'``: one typed class, all errors at start-up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field, SkipValidation
+from vllm.config import ModelConfig, SpeculativeConfig
+from vllm.config.utils import config
+from vllm.platforms import current_platform
+
+from vllm_medusa.model.config import MODEL_TYPE, MedusaHeadsConfig
+from vllm_medusa.tree.static import StaticTree, best_first, cartesian, chain, from_choices, validate_depth
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PROPOSER = "vllm_medusa.proposer.MedusaProposer"
+"""Where vLLM's ``custom_class`` method finds our proposer."""
+
+WORKERS = {"cpu": "vllm_medusa.runner.worker.MedusaCPUWorker"}
+"""The worker class for each platform (``current_platform.device_type``)."""
+
+DEFAULT_NODES = {"cpu": 7}
+"""Nodes of a sparse tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so few."""
+
+PUBLISHED_ACCURACIES = (
+    (0.560, 0.112, 0.055, 0.033, 0.020),
+    (0.316, 0.108, 0.061, 0.043, 0.034),
+    (0.201, 0.087, 0.060, 0.035, 0.034),
+)
+"""Accuracy of each rank, heads 1 to 3 of Vicuna-7B v1.3 (Medusa-1): what a sparse tree grows from when the checkpoint
+holds no accuracies of its own."""
+
+MedusaTree = str | list[int] | list[list[int]]
+
+
+@config
+class MedusaSpeculativeConfig(SpeculativeConfig):
+    """The speculative configuration of an engine that decodes with Medusa heads.
+
+    ``num_speculative_tokens`` is the most tree nodes per request, the root not counted. Defaults come from the heads'
+    checkpoint, then from here.
+
+    Once constructed, ``method`` and ``model`` name our proposer in the terms of vLLM's own extension point, the method
+    ``custom_class``, which vLLM 0.33 has kept while it dropped its own ``medusa``; ``draft_model_config.model`` is the
+    heads' checkpoint, and ``medusa_tree`` is resolved to explicit choices.
+
+    Raises:
+        ValueError: an option is wrong, does not fit the heads, or asks for what the target cannot do; one line that
+            names the option, its value, what is allowed and what to do.
+
+    """
+
+    method: Literal["medusa", "custom_class"] = "medusa"
+    model: str | None = None
+    """The heads' checkpoint: a directory or a Hugging Face repository."""
+    medusa_tree: MedusaTree | None = None
+    """"sparse", "chain", a Cartesian product such as [4, 2, 2], explicit choices such as [[0], [0, 0], [1]], or a
+    JSON file that holds one of these."""
+    medusa_top_k: int | None = Field(default=None, ge=1)
+    """Most tokens of each head that a sparse tree may use."""
+    medusa_acceptance: Literal["exact"] = "exact"
+    """The rule by which drafted tokens are kept; "exact" keeps the target's own output."""
+
+    draft_model_config: SkipValidation[ModelConfig] = None
+    """The heads' checkpoint as vLLM sees it; resolved from ``model``."""
+
+    def __post_init__(self) -> None:
+        if self.draft_model_config is not None:
+            return  # vLLM copies configs through their constructor; this one is resolved already.
+        if self.model is None:
+            raise ValueError(
+                "speculative_config: 'model' is missing; method 'medusa' needs the heads' directory or repository"
+            )
+        heads: str = self.model
+        self._check_target()
+        self.draft_model_config = self._heads_model_config(heads)
+        self.draft_parallel_config = SpeculativeConfig.create_draft_parallel_config(
+            self.target_parallel_config,
+            self.draft_tensor_parallel_size or self.target_parallel_config.tensor_parallel_size,
+        )
+        self._fit_heads_to_target()
+        tree = self._resolve_tree(self.medusa_tree if self.medusa_tree is not None else self.heads.medusa_tree)
+        self.num_speculative_tokens = len(tree) - 1
+        self.medusa_tree = tree.choices
+        self._check_branching(tree)
+        self.method = "custom_class"
+        self.model = PROPOSER
+        self.prompt_lookup_max = self.prompt_lookup_min = 0
+        self._choose_worker()
+
+    @property
+    def heads(self) -> MedusaHeadsConfig:
+        """The heads' own configuration."""
+        return self.draft_model_config.hf_config
+
+    @property
+    def static_tree(self) -> StaticTree:
+        """The resolved tree."""
+        assert isinstance(self.medusa_tree, list)
+        return from_choices(self.medusa_tree)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return (
+            f"MedusaSpeculativeConfig(model={self.draft_model_config.model!r}, "
+            f"num_heads={self.heads.num_heads}, medusa_tree={self.medusa_tree})"
+        )
+
+    def _heads_model_config(self, heads: str) -> ModelConfig:
+        target = self.target_model_config
+        return ModelConfig(
+            model=heads,
+            runner="draft",
+            tokenizer=target.tokenizer,
+            tokenizer_mode=target.tokenizer_mode,
+            trust_remote_code=target.trust_remote_code,
+            dtype=target.dtype,
+            seed=target.seed,
+            revision=self.revision,
+            code_revision=self.code_revision,
+            spec_target_max_model_len=target.max_model_len,
+            quantization=self.quantization,
+            enforce_eager=target.enforce_eager,
+            hf_overrides={"model_type": MODEL_TYPE},
+            config_format="hf",
+        )
+
+    def _fit_heads_to_target(self) -> None:
+        """Fill in what the checkpoint leaves to the target, and refuse what contradicts it."""
+        heads, target = self.heads, self.target_model_config
+        sizes = {"hidden_size": target.get_hidden_size(), "vocab_size": target.get_vocab_size()}
+        for name, size in sizes.items():
+            found = getattr(heads, name)
+            if found is not None and found != size:
+                raise ValueError(
+                    f"speculative_config: the heads in {self.draft_model_config.model!r} have {name} {found}, "
+                    f"the target has {size}; give heads that were trained for this target"
+                )
+            setattr(heads, name, size)
+        heads.truncated_vocab_size = heads.truncated_vocab_size or heads.vocab_size
+
+    def _resolve_tree(self, wanted: Any) -> StaticTree:
+        """Build the tree that the options ask for and cut it to ``num_speculative_tokens``."""
+        num_heads, nodes = self.heads.num_heads, self.num_speculative_tokens
+        if wanted is None or wanted == "sparse":
+            tree = self._sparse_tree(nodes)
+        elif wanted == "chain":
+            tree = chain(num_heads)
+        elif isinstance(wanted, str):
+            return self._resolve_tree(_read_tree(wanted))
+        elif isinstance(wanted, list) and wanted and not isinstance(wanted[0], list):
+            tree = cartesian(wanted)
+        else:
+            tree = from_choices(wanted)
+        validate_depth(tree, num_heads)
+        if tree.top_k > (self.heads.truncated_vocab_size or tree.top_k):
+            raise ValueError(
+                f"medusa_tree: rank {tree.top_k - 1} is asked for, but the heads know "
+                f"{self.heads.truncated_vocab_size} tokens; give smaller ranks"
+            )
+        return tree if nodes is None else tree.prefix(nodes + 1)
+
+    def _sparse_tree(self, nodes: int | None) -> StaticTree:
+        accuracies = torch.tensor(self.heads.medusa_accuracies or PUBLISHED_ACCURACIES)
+        accuracies = accuracies[: self.heads.num_heads, : self.medusa_top_k]
+        if nodes is None:
+            heads, ranks = accuracies.shape
+            available = sum(ranks**depth for depth in range(1, heads + 1))
+            nodes = min(available, DEFAULT_NODES[current_platform.device_type])
+        return best_first(accuracies, nodes)
+
+    def _check_target(self) -> None:
+        """Refuse targets that Medusa cannot serve, whatever the tree."""
+        target = self.target_model_config
+        unsupported = {
+            "attention-free models": target.is_attention_free,
+            "hybrid models (Mamba, linear attention)": target.is_hybrid,
+            "encoder-decoder models": target.is_encoder_decoder,
+            "pooling models": target.runner_type == "pooling",
+            "pipeline parallelism": self.target_parallel_config.pipeline_parallel_size > 1,
+            "context parallelism": self.target_parallel_config.decode_context_parallel_size > 1,
+        }
+        for what, asked in unsupported.items():
+            if asked:
+                raise ValueError(
+                    f"speculative_config: method 'medusa' does not support {what} ({target.model!r}); drop it"
+                )
+
+    def _check_branching(self, tree: StaticTree) -> None:
+        """Refuse targets that can verify a chain but not a branching tree."""
+        target = self.target_model_config
+        unsupported = {
+            "multi-head latent attention": target.use_mla,
+            "multi-dimensional rotary positions": target.uses_mrope or getattr(target, "uses_xdrope_dim", 0) > 0,
+        }
+        for what, used in unsupported.items():
+            if used and not tree.topology.is_chain:
+                raise ValueError(
+                    f"medusa_tree: a branching tree cannot verify a model with {what} ({target.model!r}); "
+                    'give medusa_tree "chain"'
+                )
+
+    def _choose_worker(self) -> None:
+        platform = current_platform.device_type
+        if platform not in WORKERS:
+            raise ValueError(
+                f"speculative_config: method 'medusa' runs on {sorted(WORKERS)}, not on {platform!r}; drop it there"
+            )
+        if self.target_parallel_config.worker_cls not in ("auto", WORKERS[platform]):
+            raise ValueError(
+                f"speculative_config: method 'medusa' brings its own worker class, but worker_cls is "
+                f"{self.target_parallel_config.worker_cls!r}; leave worker_cls at 'auto'"
+            )
+        self.target_parallel_config.worker_cls = WORKERS[platform]
+
+
+def medusa_config(vllm_config: VllmConfig) -> MedusaSpeculativeConfig | None:
+    """Return the engine's Medusa options, None if it does not decode with Medusa."""
+    speculative = vllm_config.speculative_config
+    return speculative if isinstance(speculative, MedusaSpeculativeConfig) else None
+
+
+def check_cache(vllm_config: VllmConfig) -> None:
+    """Refuse a KV cache that a branching tree cannot read, before any weight is loaded.
+
+    Raises:
+        ValueError: the KV cache is quantised and the tree branches.
+
+    """
+    options = medusa_config(vllm_config)
+    assert options is not None
+    dtype = vllm_config.cache_config.cache_dtype
+    if dtype not in ("auto", "float16", "bfloat16") and not options.static_tree.topology.is_chain:
+        raise ValueError(
+            f"kv_cache_dtype: {dtype!r} is quantised, and a branching medusa_tree reads full-precision keys and values "
+            'only; give kv_cache_dtype "auto", or medusa_tree "chain"'
+        )
+
+
+def _read_tree(path: str) -> Any:
+    """Read a tree from a JSON file: the tree itself, or an object that holds it as ``medusa_tree``."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'medusa_tree: {path!r} is none of "sparse", "chain", a list, or a readable JSON file ({error})'
+        ) from error
+    return stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored

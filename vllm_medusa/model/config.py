@@ -1,0 +1,73 @@
+"""The Hugging Face configuration of a heads' checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PretrainedConfig
+
+MODEL_TYPE = "vllm_medusa"
+"""Not ``medusa``: that name is vLLM 0.32's own configuration, which stays as it is."""
+
+ARCHITECTURE = "VllmMedusaHeads"
+
+PUBLISHED_NAMES = {"medusa_num_heads": "num_heads", "medusa_num_layers": "num_hidden_layers"}
+"""Keys of the original repository's checkpoints and what they are called here and in vLLM 0.32."""
+
+
+class MedusaHeadsConfig(PretrainedConfig):
+    """What a heads' ``config.json`` says, in vLLM 0.32's Medusa format; keys that are absent follow the target.
+
+    Attributes:
+        num_heads: K, the number of heads.
+        num_hidden_layers: residual layers in each head's block.
+        hidden_size: the target's hidden size; None follows the target.
+        vocab_size: the target's vocabulary; None follows the target.
+        truncated_vocab_size: rows of the heads' LM heads; fewer than ``vocab_size`` with a ``token_map``.
+        original_lm_head: whether all heads share the target's LM head; the checkpoint then needs none.
+        logit_scale: factor on the heads' logits.
+        medusa_tree: the tree that serves these heads best, as ``medusa_tree`` takes it; None if not calibrated.
+        medusa_accuracies: ``[heads][ranks]``, the held-out accuracies from which sparse trees grow.
+
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        num_heads: int = 5,
+        num_hidden_layers: int = 1,
+        hidden_size: int | None = None,
+        vocab_size: int | None = None,
+        truncated_vocab_size: int | None = None,
+        original_lm_head: bool = False,
+        logit_scale: float = 1.0,
+        medusa_tree: str | list[Any] | None = None,
+        medusa_accuracies: list[list[float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_hidden_layers = num_hidden_layers
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.truncated_vocab_size = truncated_vocab_size
+        self.original_lm_head = original_lm_head
+        self.logit_scale = logit_scale
+        self.medusa_tree = medusa_tree
+        self.medusa_accuracies = medusa_accuracies
+        # vLLM asks every model for its attention heads and its longest context; heads have neither.
+        self.num_attention_heads = 0
+        self.num_key_value_heads = 0
+        self.head_dim = 0
+        self.max_seq_len = 2**20
+        kwargs["architectures"] = [ARCHITECTURE]
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> MedusaHeadsConfig:
+        """Read ``config.json`` from a directory or a repository; ``model_type`` may be absent, as in published ones."""
+        kwargs.pop("trust_remote_code", None)
+        stored, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        known = {PUBLISHED_NAMES.get(key, key): value for key, value in stored.items() if key != "model_type"}
+        return cls.from_dict(known, **kwargs)

@@ -1,0 +1,139 @@
+"""Draws of vLLM's own V1 sampler at rows of the trees, each as in plain decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu_input_batch import InputBatch
+
+from vllm_medusa.config import medusa_config
+
+
+class TreeSampler:
+    """The target's draws for one step: the ``draw`` of ``acceptance.exact.walk``.
+
+    Before each level but the first, the token drawn at the level before joins the request's output and the logits
+    processors update, so that penalties, bad words, ``min_tokens`` and custom processors see what they would see in
+    plain decoding. The outputs are as before once the context is left.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        input_batch: InputBatch,
+        logits: torch.Tensor,  # [rows, vocab_size]
+        discarded: torch.Tensor,  # [requests], bool
+    ) -> None:
+        self.sampler = sampler
+        self.batch = input_batch
+        self.logits = logits
+        self.discarded = discarded
+        self.logprobs: list[LogprobsTensors | None] = []
+        self._drawn: torch.Tensor | None = None
+        self._appended: list[list[int]] = []
+        # vLLM's own speculation hands the drafts to penalties; here only what the walk has accepted counts.
+        self._metadata = replace(
+            input_batch.sampling_metadata, spec_token_ids=[[] for _ in range(input_batch.num_reqs)]
+        )
+        self._argmax = sampler.greedy_sample(logits).long() if is_plain_greedy(self._metadata) else None
+
+    def __enter__(self) -> TreeSampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for output in self._appended:
+            output.pop()
+
+    def draw(
+        self,
+        row: torch.Tensor,  # [requests], int64
+        walking: torch.Tensor,  # [requests], bool
+    ) -> torch.Tensor:
+        """Draw each walking request's token at its row; seeded generators of the others stay where they are."""
+        if self._argmax is not None:
+            return self._argmax[row]
+        if self._drawn is not None:
+            self._append(self._drawn.tolist(), walking.tolist())
+        draws = (walking & ~self.discarded).tolist()
+        generators = {index: state for index, state in self._metadata.generators.items() if draws[index]}
+        sampled = self.sampler(self.logits[row], replace(self._metadata, generators=generators))
+        self.logprobs.append(sampled.logprobs_tensors)
+        self._drawn = sampled.sampled_token_ids.flatten().long()
+        return self._drawn
+
+    def stacked_logprobs(self) -> LogprobsTensors | None:
+        """Return the levels' log-probabilities as vLLM expects them, ``[requests * levels, ...]``."""
+        if not self.logprobs or self.logprobs[0] is None:
+            return None
+        levels = [level for level in self.logprobs if level is not None]
+        columns = zip(*(level[:3] for level in levels), strict=True)
+        return LogprobsTensors(*(torch.stack(column, dim=1).flatten(0, 1) for column in columns))
+
+    def _append(self, tokens: list[int], walking: list[bool]) -> None:
+        for output, token, walks in zip(self.batch.req_output_token_ids, tokens, walking, strict=False):
+            if walks and output is not None:
+                output.append(token)
+                self._appended.append(output)
+        for processor in self._metadata.logitsprocs.all:
+            processor.update_state(None)
+
+
+def is_plain_greedy(metadata: SamplingMetadata) -> bool:
+    """Whether every request takes the argmax of the untouched logits and nothing else is asked for."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and not metadata.bad_words_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and (holder is None or not holder.has_tracked_requests())
+        and all(_is_idle(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+    )
+
+
+def _is_idle(processor: LogitsProcessor) -> bool:
+    match processor:
+        case LogitBiasLogitsProcessor():
+            return not processor.biases
+        case MinTokensLogitsProcessor():
+            return not processor.min_toks
+    return False
+
+
+def _build_all_processors(build: Any) -> Any:
+    @wraps(build)
+    def build_logitsprocs(
+        vllm_config: VllmConfig,
+        device: torch.device,
+        is_pin_memory: bool,
+        is_pooling_model: bool,
+        custom: Iterable[Any] = (),
+    ) -> Any:
+        if medusa_config(vllm_config) is not None:
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.speculative_config = None
+        return build(vllm_config, device, is_pin_memory, is_pooling_model, custom)
+
+    return build_logitsprocs
+
+
+# vLLM drops min_p, logit_bias and custom processors under speculation, since its rejection sampler cannot apply them.
+# Our draws are the plain sampler's, so an engine with Medusa keeps them all; for any other the wrapper changes nothing.
+gpu_model_runner.build_logitsprocs = _build_all_processors(gpu_model_runner.build_logitsprocs)

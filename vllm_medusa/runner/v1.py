@@ -1,0 +1,153 @@
+"""The adapter to vLLM's V1 model runner, which serves CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_medusa.acceptance.exact import Walk, walk
+from vllm_medusa.attention.cpu import tree_attention_selected
+from vllm_medusa.attention.metadata import TreeMetadataBuilder
+from vllm_medusa.config import check_cache
+from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.runner.sampling import TreeSampler
+from vllm_medusa.runner.step import StepPlan, TreeTable, kv_moves, plan_step
+from vllm_medusa.tree.topology import DraftTree
+
+CHAIN, TREE = 0, 1
+"""Rows of the runner's ``TreeTable``."""
+
+
+class MedusaModelRunner(CPUModelRunner):
+    """Lets V1 verify trees: it adapts positions, attention metadata, sampling and drafting, and leaves the rest."""
+
+    drafter: MedusaProposer
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_cache(vllm_config)
+        super().__init__(vllm_config, device)
+        tree = self.drafter.tree
+        self._table = TreeTable.build([DraftTree.chain(len(tree) - 1), tree.topology])
+        self._top_path = [row for row, choice in enumerate(tree.choices) if not any(choice)]
+        self._plan: StepPlan | None = None
+        self._walk: Walk | None = None
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load target and heads, the target's attention layers with the tree backend."""
+        with tree_attention_selected():
+            super().load_model(load_dummy_weights)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        """Allocate the KV cache and note the layers that own a part of it, by KV cache group."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        layers = self.compilation_config.static_forward_context
+        # A layer that shares another's cache must not move its rows a second time.
+        self._cache_owners = [
+            {layers[name].kv_cache.data_ptr(): layers[name] for name in reversed(group.layer_names)}
+            for group in kv_cache_config.kv_cache_groups
+        ]
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        """Let vLLM prepare the batch as chains, then put each row of a tree at the position of its depth."""
+        logits_indices, metadata, max_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        assert metadata is not None
+        # The scheduler pads some new decodes with drafts of -1, which have no embedding and are carried by no draw.
+        token_ids = self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens]
+        req_ids = self.input_batch.req_ids
+        plan = plan_step(
+            self._table,
+            kind=torch.tensor([CHAIN if self._follows_grammar(req_id) else TREE for req_id in req_ids]),
+            num_drafts=torch.tensor(metadata.num_draft_tokens),
+            token=logits_indices.long(),
+            token_ids=token_ids,
+            seq_lens=self.seq_lens[: len(req_ids)],
+        )
+        token_ids.clamp_(min=0)
+        trees = plan.trees
+        root_position = self.positions[plan.token[trees.root]]
+        # Slots were computed from the positions of a chain above, and stay: row i of a tree is at slot context + i.
+        self.positions[plan.token] = root_position[trees.request] + plan.depth
+        self._plan = plan
+        return logits_indices, metadata, max_sampled
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
+        """Tell the metadata builders of the step's trees; warm-up runs build before any step and have none."""
+        trees = self._plan.queries if self._plan is not None else None
+        for group in self._attn_group_iterator():
+            for builder in group.metadata_builders:
+                if isinstance(builder, TreeMetadataBuilder):
+                    builder.trees = trees
+        return super()._build_attention_metadata(*args, **kwargs)
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        """Walk the trees with the stock sampler and commit the accepted rows' keys and values."""
+        assert logits is not None
+        assert self._plan is not None
+        plan, self._plan = self._plan, None
+        discarded = torch.from_numpy(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        with TreeSampler(self.sampler, self.input_batch, logits, discarded) as sampler:
+            accepted = walk(plan.trees, sampler.draw)
+        self._commit(plan, accepted)
+        self._walk = accepted
+        return SamplerOutput(
+            sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=sampler.stacked_logprobs()
+        )
+
+    def _commit(self, plan: StepPlan, accepted: Walk) -> None:
+        """Move the accepted rows' keys and values to where the next step expects an ordinary sequence."""
+        source, target = kv_moves(plan.trees, accepted.rows)
+        if not len(source):
+            return
+        for group, owners in enumerate(self._cache_owners):
+            slots = self.input_batch.block_table[group].slot_mapping.gpu
+            source_slots, target_slots = slots[plan.token[source]], slots[plan.token[target]]
+            for layer in owners.values():
+                layer.impl.move_kv(layer, layer.kv_cache, source_slots, target_slots)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep vLLM from rewinding the generators of unfinished prompts: the walk has not drawn from them."""
+        generators = self.input_batch.generators
+        unfinished = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+        untouched = {index: generators.pop(index) for index in unfinished if index in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(untouched)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
+        """Always: heads have no context, and the scheduler cuts each draft at the model's length by itself."""
+        return True
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: torch.Tensor | list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        """Draft from the hidden state of the row where each request stopped."""
+        assert self._walk is not None
+        drafts = self.drafter.propose(sample_hidden_states[self._walk.last_row]).tolist()
+        for index, req_id in enumerate(self.input_batch.req_ids):
+            if self._follows_grammar(req_id):
+                drafts[index] = [drafts[index][row] for row in self._top_path]
+        return drafts
+
+    def _follows_grammar(self, req_id: str) -> bool:
+        """Whether the scheduler advances a grammar along the draft as along a chain, so that it must be the top-1 path."""
+        params = self.requests[req_id].sampling_params
+        return params is not None and params.structured_outputs is not None

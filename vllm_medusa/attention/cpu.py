@@ -121,7 +121,8 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
         is_native = torch.ones(common.num_reqs, dtype=torch.bool)
         is_native[trees.request] = False
         native_common, native_tokens = _select(common, is_native.nonzero().flatten())
-        num_blocks = cdiv(int(trees.context.max()), self.block_size)
+        # At least one: a prompt of a single token has no context, yet the scheduler may pad it with drafts.
+        num_blocks = max(1, cdiv(int(trees.context.max()), self.block_size))
         return TreeCPUAttentionMetadata(
             trees=trees,
             blocks=common.block_table_tensor[trees.request, :num_blocks].long(),

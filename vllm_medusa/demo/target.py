@@ -1,0 +1,118 @@
+"""A small Llama, trained on the spot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_medusa.demo.muon import Muon
+from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID
+from vllm_medusa.training.data import shuffled_batches
+from vllm_medusa.training.progress import training_progress
+from vllm_medusa.training.schedule import linear_with_warmup
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The sizes of a small Llama and how it is trained.
+
+    Attributes:
+        vocab_size: tokens of its tokenizer.
+        hidden_size: width.
+        intermediate_size: width of its feed-forward layers.
+        num_layers: decoder layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads.
+        head_dim: width of a head; vLLM's CPU attention knows 32, 64 and 128 among others.
+        max_position_embeddings: the longest sequence it may be used for.
+        block_length: tokens per training sequence.
+        batch_size: sequences per step.
+        steps: optimizer steps.
+        warmup_steps: steps over which the learning rates rise.
+        learning_rate: AdamW's, for embeddings, LM head and norms.
+        matrix_learning_rate: Muon's, for all other weights.
+        seed: of weights and order.
+
+    """
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    max_position_embeddings: int = 2048
+    block_length: int = 256
+    batch_size: int = 16
+    steps: int = 250
+    warmup_steps: int = 20
+    learning_rate: float = 4e-3
+    matrix_learning_rate: float = 0.03
+    seed: int = 0
+
+    def build(self) -> LlamaForCausalLM:
+        """Return the untrained model."""
+        torch.manual_seed(self.seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=self.vocab_size,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                num_hidden_layers=self.num_layers,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=self.num_key_value_heads,
+                head_dim=self.head_dim,
+                max_position_embeddings=self.max_position_embeddings,
+                bos_token_id=BOS_ID,
+                eos_token_id=EOS_ID,
+                tie_word_embeddings=False,
+            )
+        )
+
+
+def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool = True) -> LlamaForCausalLM:
+    """Train a small Llama from scratch.
+
+    Args:
+        config: sizes and settings.
+        blocks: ``[blocks, block_length]``, int64: the token ids to train on.
+        show_progress: whether to draw a progress bar.
+
+    """
+    model = config.build()
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(matrices, lr=config.matrix_learning_rate),
+        AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
+    ]
+    schedules = [
+        LambdaLR(optimizer, lambda step: linear_with_warmup(step, config.warmup_steps, config.steps))
+        for optimizer in optimizers
+    ]
+    batches = shuffled_batches(blocks, config.batch_size, config.seed)
+    with training_progress("Target model", config.steps, show_progress) as report:
+        for _ in range(config.steps):
+            tokens = next(batches)
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+            report(loss.item())
+    return model.eval()
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, blocks: torch.Tensor, batch_size: int = 16) -> float:
+    """Return the mean cross-entropy on ``[blocks, length]`` that the model was not trained on."""
+    batches = blocks.split(batch_size)
+    losses = [model(input_ids=tokens, labels=tokens, use_cache=False).loss.item() * len(tokens) for tokens in batches]
+    return sum(losses) / len(blocks)

@@ -1,0 +1,184 @@
+"""The heads' checkpoint: a directory in the format that vLLM 0.32 reads as method "medusa"."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class HeadsSpec:
+    """What a set of Medusa heads looks like.
+
+    Attributes:
+        hidden_size: width of the target's hidden state after its final norm.
+        vocab_size: the target's number of tokens.
+        num_heads: heads, the deepest drafted token's depth.
+        num_layers: residual layers ``x + SiLU(Linear(x))`` per head.
+        fc_bias: whether those linear layers have a bias.
+        shared_lm_head: whether all heads use one copy of the target's LM head instead of one LM head each.
+
+    Raises:
+        ValueError: a size is not a positive integer.
+
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_layers: int = 1
+    fc_bias: bool = True
+    shared_lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the entries of ``config.json``, under vLLM's names."""
+        return {
+            "model_type": "medusa",
+            "architectures": ["MedusaModel"],
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "truncated_vocab_size": self.vocab_size,
+            "num_heads": self.num_heads,
+            "num_hidden_layers": self.num_layers,
+            "medusa_fc_bias": self.fc_bias,
+            "original_lm_head": self.shared_lm_head,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> HeadsSpec:
+        """Read the entries of a ``config.json``; those that vLLM may leave out get vLLM's defaults.
+
+        Raises:
+            ValueError: an entry is missing, wrong, or asks for a truncated vocabulary.
+
+        """
+        missing = [key for key in ("hidden_size", "vocab_size", "num_heads") if key not in config]
+        if missing:
+            raise ValueError(f"the heads' config lacks {', '.join(missing)}")
+        if config.get("model_type", "medusa") != "medusa":
+            raise ValueError(f'the heads\' model_type must be "medusa", got {config["model_type"]!r}')
+        truncated = config.get("truncated_vocab_size")
+        if truncated not in (None, config["vocab_size"]):
+            raise ValueError(f"truncated_vocab_size must equal vocab_size ({config['vocab_size']}), got {truncated!r}")
+        return cls(
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            num_heads=config["num_heads"],
+            num_layers=config.get("num_hidden_layers", 1),
+            fc_bias=bool(config.get("medusa_fc_bias", False)),
+            shared_lm_head=bool(config.get("original_lm_head", False)),
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor; a shared LM head is stored as head 0's, where vLLM looks."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for head in range(self.num_heads):
+            for layer in range(self.num_layers):
+                shapes[f"blocks.{head}.layers.{layer}.weight"] = (self.hidden_size, self.hidden_size)
+                if self.fc_bias:
+                    shapes[f"blocks.{head}.layers.{layer}.bias"] = (self.hidden_size,)
+        for head in range(1 if self.shared_lm_head else self.num_heads):
+            shapes[f"lm_heads.{head}.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+    def validate(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Check that tensors are exactly those of this spec.
+
+        Raises:
+            ValueError: tensors are missing, unknown, or of another shape.
+
+        """
+        shapes = self.shapes()
+        if missing := sorted(shapes.keys() - state.keys()):
+            raise ValueError(f"the heads' weights lack {', '.join(missing)}")
+        if unknown := sorted(state.keys() - shapes.keys()):
+            raise ValueError(f"the heads' weights hold unknown tensors: {', '.join(unknown)}")
+        for name, shape in shapes.items():
+            if tuple(state[name].shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(state[name].shape)}")
+
+
+def write_heads(
+    directory: str | os.PathLike[str],
+    spec: HeadsSpec,
+    state_dict: Mapping[str, torch.Tensor],
+    extra_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint; a reader sees the directory's old content or the new one, never a half-written one.
+
+    Args:
+        directory: where the checkpoint goes; what it held before is replaced.
+        spec: the heads' sizes.
+        state_dict: the tensors that ``spec.shapes()`` names.
+        extra_config: further entries for ``config.json``, such as where the heads come from.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: the tensors do not fit ``spec``, or an extra entry's name would be taken for one of the spec's.
+
+    """
+    spec.validate(state_dict)
+    config = spec.to_config()
+    extra = dict(extra_config or {})
+    # vLLM 0.32 renames every key with "num" and "heads" (or "layers") in it to num_heads (or num_hidden_layers).
+    clashes = [key for key in extra if key in config or ("num" in key and ("heads" in key or "layers" in key))]
+    if clashes:
+        raise ValueError(f"extra_config may not hold {', '.join(clashes)}: vLLM reads the heads' sizes from such names")
+    with replaced_directory(directory) as temporary:
+        (temporary / CONFIG_FILE).write_text(json.dumps(config | extra, indent=2) + "\n")
+        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+    return Path(directory)
+
+
+def read_spec(directory: str | os.PathLike[str]) -> HeadsSpec:
+    """Read the sizes of the heads in a checkpoint."""
+    return HeadsSpec.from_config(json.loads((Path(directory) / CONFIG_FILE).read_text()))
+
+
+def read_state(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint and check them against its ``config.json``."""
+    state = load_file(Path(directory) / WEIGHTS_FILE)
+    read_spec(directory).validate(state)
+    return state
+
+
+@contextmanager
+def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary sibling to fill; on success it takes the directory's place, on an error it vanishes."""
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,71 @@
+"""Medusa heads in plain PyTorch, with the parameter names of the checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vllm_medusa.model.checkpoint import HeadsSpec
+
+
+class ResidualBlock(nn.Module):
+    """Layers ``x + SiLU(Linear(x))``, the identity until they are trained."""
+
+    def __init__(self, hidden_size: int, num_layers: int, bias: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(num_layers))
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., hidden_size]`` to the same shape."""
+        for layer in self.layers:
+            hidden = hidden + functional.silu(layer(hidden))
+        return hidden
+
+
+class MedusaHeads(nn.Module):
+    """K heads over a target's hidden state: head k at position t predicts the token at t + 1 + k.
+
+    Untrained heads predict what the target's own LM head predicts.
+
+    Args:
+        spec: the heads' sizes.
+        lm_head: ``[vocab_size, hidden_size]``: the weight of the target's LM head, from which the heads' start;
+            a shared one stays as it is.
+
+    """
+
+    def __init__(self, spec: HeadsSpec, lm_head: torch.Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.blocks = nn.ModuleList(
+            ResidualBlock(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
+        )
+        self.lm_heads = nn.ModuleList(
+            nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+            for _ in range(1 if spec.shared_lm_head else spec.num_heads)
+        )
+        with torch.no_grad():
+            for weight in self.lm_heads.parameters():
+                weight.copy_(lm_head)
+        self.lm_heads.requires_grad_(not spec.shared_lm_head)
+
+    def logits(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return one head's logits.
+
+        Args:
+            head: the head, counted from 0: it predicts the token at depth ``head + 1``.
+            hidden: ``[..., hidden_size]``: the target's hidden states after its final norm.
+
+        Returns:
+            ``[..., vocab_size]``.
+
+        """
+        lm_head = self.lm_heads[0 if self.spec.shared_lm_head else head]
+        return lm_head(self.blocks[head](hidden))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return all heads' logits, ``[num_heads, ..., vocab_size]``, for ``hidden`` of ``[..., hidden_size]``."""
+        return torch.stack([self.logits(head, hidden) for head in range(self.spec.num_heads)])

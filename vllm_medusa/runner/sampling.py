@@ -50,7 +50,7 @@ class TreeSampler:
         self._metadata = replace(
             input_batch.sampling_metadata, spec_token_ids=[[] for _ in range(input_batch.num_reqs)]
         )
-        self._argmax = sampler.greedy_sample(logits).long() if is_plain_greedy(self._metadata) else None
+        self._argmax = sampler.greedy_sample(logits.float()).long() if is_plain_greedy(self._metadata) else None
 
     def __enter__(self) -> TreeSampler:
         return self

@@ -148,6 +148,6 @@ class MedusaModelRunner(CPUModelRunner):
         return drafts
 
     def _follows_grammar(self, req_id: str) -> bool:
-        """Whether the scheduler advances a grammar along the draft as along a chain, so that it must be the top-1 path."""
+        """Whether the scheduler advances a grammar along the draft as along a chain; only the top-1 path will do."""
         params = self.requests[req_id].sampling_params
         return params is not None and params.structured_outputs is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -51,6 +52,8 @@ def engine(
         speculative = {"method": "medusa", "model": str(heads), **speculative}
         if tree is not None:
             speculative["medusa_tree"] = tree
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)  # Models this small gain nothing from more, and lose tenfold where cores are shared.
     llm = LLM(model=str(model), **(DEFAULTS | options), speculative_config=speculative or None)
     _open_engines.append(llm)
     try:

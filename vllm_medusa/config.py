@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, SkipValidation
-from vllm.config import ModelConfig, SpeculativeConfig
+from pydantic import Field, SkipValidation, ValidationError
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
@@ -35,6 +35,9 @@ PUBLISHED_ACCURACIES = (
 """Accuracy of each rank, heads 1 to 3 of Vicuna-7B v1.3 (Medusa-1): what a sparse tree grows from when the checkpoint
 holds no accuracies of its own."""
 
+VLLM_OPTIONS = ("method", "model", "num_speculative_tokens", "draft_tensor_parallel_size", "revision", "code_revision")
+"""vLLM's own speculative options that mean something to Medusa heads; the others are refused."""
+
 MedusaTree = str | list[int] | list[list[int]]
 
 
@@ -58,7 +61,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     method: Literal["medusa", "custom_class"] = "medusa"
     model: str | None = None
     """The heads' checkpoint: a directory or a Hugging Face repository."""
-    medusa_tree: MedusaTree | None = None
+    medusa_tree: SkipValidation[MedusaTree | None] = None
     """"sparse", "chain", a Cartesian product such as [4, 2, 2], explicit choices such as [[0], [0, 0], [1]], or a
     JSON file that holds one of these."""
     medusa_top_k: int | None = Field(default=None, ge=1)
@@ -69,6 +72,24 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     draft_model_config: SkipValidation[ModelConfig] = None
     """The heads' checkpoint as vLLM sees it; resolved from ``model``."""
 
+    @classmethod
+    def from_options(
+        cls, options: dict[str, Any], target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+    ) -> MedusaSpeculativeConfig:
+        """Make the configuration that ``--speculative-config`` asks for; every error is one line (see the class)."""
+        known = {*VLLM_OPTIONS, *(name for name in cls.__dataclass_fields__ if name.startswith("medusa_"))}
+        for key in options:
+            if key not in known:
+                raise ValueError(
+                    f"speculative_config: method 'medusa' has no option {key!r}; its options are {sorted(known)}"
+                )
+        try:
+            return cls(
+                **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
+            )
+        except ValidationError as error:
+            raise ValueError(_in_one_line(error)) from None
+
     def __post_init__(self) -> None:
         if self.draft_model_config is not None:
             return  # vLLM copies configs through their constructor; this one is resolved already.
@@ -78,7 +99,13 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             )
         heads: str = self.model
         self._check_target()
-        self.draft_model_config = self._heads_model_config(heads)
+        try:
+            self.draft_model_config = self._heads_model_config(heads)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"speculative_config: model {heads!r} holds no heads that can be read, {_in_one_line(error)}; "
+                "give a directory or repository with the heads' config.json"
+            ) from error
         self.draft_parallel_config = SpeculativeConfig.create_draft_parallel_config(
             self.target_parallel_config,
             self.draft_tensor_parallel_size or self.target_parallel_config.tensor_parallel_size,
@@ -90,7 +117,6 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         self._check_branching(tree)
         self.method = "custom_class"
         self.model = PROPOSER
-        self.prompt_lookup_max = self.prompt_lookup_min = 0
         self._choose_worker()
 
     @property
@@ -132,10 +158,15 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def _fit_heads_to_target(self) -> None:
         """Fill in what the checkpoint leaves to the target, and refuse what contradicts it."""
         heads, target = self.heads, self.target_model_config
+        if not isinstance(heads.num_heads, int) or heads.num_heads < 1:
+            raise ValueError(
+                f"speculative_config: the heads' config.json in {self.draft_model_config.model!r} has num_heads "
+                f"{heads.num_heads!r}; it must be an integer of at least 1"
+            )
         sizes = {"hidden_size": target.get_hidden_size(), "vocab_size": target.get_vocab_size()}
         for name, size in sizes.items():
             found = getattr(heads, name)
-            if found is not None and found != size:
+            if found and found != size:
                 raise ValueError(
                     f"speculative_config: the heads in {self.draft_model_config.model!r} have {name} {found}, "
                     f"the target has {size}; give heads that were trained for this target"
@@ -152,7 +183,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             tree = chain(num_heads)
         elif isinstance(wanted, str):
             return self._resolve_tree(_read_tree(wanted))
-        elif isinstance(wanted, list) and wanted and not isinstance(wanted[0], list):
+        elif not isinstance(wanted, list):
+            raise ValueError(
+                f'medusa_tree: {wanted!r} is none of "sparse", "chain", a Cartesian product such as [4, 2, 2], '
+                "explicit choices such as [[0], [0, 0], [1]], or a JSON file"
+            )
+        elif wanted and not isinstance(wanted[0], list):
             tree = cartesian(wanted)
         else:
             tree = from_choices(wanted)
@@ -165,7 +201,15 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         return tree if nodes is None else tree.prefix(nodes + 1)
 
     def _sparse_tree(self, nodes: int | None) -> StaticTree:
-        accuracies = torch.tensor(self.heads.medusa_accuracies or PUBLISHED_ACCURACIES)
+        stored = self.heads.medusa_accuracies or PUBLISHED_ACCURACIES
+        try:
+            accuracies = torch.tensor(stored)
+            _, _ = accuracies.shape
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"medusa_accuracies: the heads' config.json holds {stored!r}, which is no matrix [heads, ranks]; "
+                "calibrate the heads again"
+            ) from error
         accuracies = accuracies[: self.heads.num_heads, : self.medusa_top_k]
         if nodes is None:
             heads, ranks = accuracies.shape
@@ -176,6 +220,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def _check_target(self) -> None:
         """Refuse targets that Medusa cannot serve, whatever the tree."""
         target = self.target_model_config
+        tensor_parallel = self.target_parallel_config.tensor_parallel_size
+        if self.draft_tensor_parallel_size not in (None, tensor_parallel):
+            raise ValueError(
+                f"speculative_config: draft_tensor_parallel_size is {self.draft_tensor_parallel_size}, but Medusa "
+                f"heads run on the target's ranks; leave it out or give {tensor_parallel}"
+            )
         unsupported = {
             "attention-free models": target.is_attention_free,
             "hybrid models (Mamba, linear attention)": target.is_hybrid,
@@ -249,4 +299,17 @@ def _read_tree(path: str) -> Any:
         raise ValueError(
             f'medusa_tree: {path!r} is none of "sparse", "chain", a list, or a readable JSON file ({error})'
         ) from error
-    return stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored
+    tree = stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored
+    if not isinstance(tree, list) and tree not in ("sparse", "chain"):
+        raise ValueError(f'medusa_tree: {path!r} holds {tree!r}; it must hold "sparse", "chain" or a list')
+    return tree
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return what was wrong, without the frame of several lines that pydantic puts around it."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return _in_one_line(first["ctx"]["error"])
+    return f"speculative_config: {first['loc'][0]} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"

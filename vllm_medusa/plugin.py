@@ -20,20 +20,26 @@ def register() -> None:
     Registered as ``vllm.general_plugins``, so vLLM runs it once a process; further calls change nothing.
     """
     from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_medusa.compat import is_supported
+
+    if getattr(EngineArgs.create_speculative_config, "knows_medusa", False):
+        return
+    # The one place where --speculative-config becomes a config; other methods reach vLLM's own untouched.
+    EngineArgs.create_speculative_config = _with_medusa(EngineArgs.create_speculative_config)
+    if not is_supported():
+        return  # The method is refused by name; nothing else may reach into a vLLM that is not known here.
+
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.transformers_utils import config as hf_configs
 
     from vllm_medusa.model.config import ARCHITECTURE, MODEL_TYPE, MedusaHeadsConfig
 
-    if getattr(EngineArgs.create_speculative_config, "knows_medusa", False):
-        return
     # A heads' config.json often has no model_type; this set makes vLLM read it by our class all the same.
     hf_configs._CONFIG_REGISTRY[MODEL_TYPE] = MedusaHeadsConfig
     hf_configs._SPECULATIVE_DECODING_CONFIGS.add(MODEL_TYPE)
     ModelRegistry.register_model(ARCHITECTURE, "vllm_medusa.model.heads:MedusaHeads")
-    # The one place where --speculative-config becomes a config; other methods reach vLLM's own untouched.
-    EngineArgs.create_speculative_config = _with_medusa(EngineArgs.create_speculative_config)
     # vLLM refuses min_p and logit_bias under speculation, for its rejection sampler; our draws are the plain sampler's.
     SamplingParams._validate_spec_decode = _unless_medusa(SamplingParams._validate_spec_decode)
 
@@ -63,9 +69,7 @@ def _with_medusa(create: Any) -> Any:
                 raise ValueError(
                     f"--speculative-config['{key}'] is {options[key]!r}, but the flag for it says {value!r}"
                 )
-        return MedusaSpeculativeConfig(
-            **options, target_model_config=target_model_config, target_parallel_config=target_parallel_config
-        )
+        return MedusaSpeculativeConfig.from_options(options, target_model_config, target_parallel_config)
 
     create_speculative_config.knows_medusa = True  # type: ignore[attr-defined]
     return create_speculative_config

@@ -20,10 +20,10 @@ class MedusaHeadsConfig(PretrainedConfig):
     """What a heads' ``config.json`` says, in vLLM 0.32's Medusa format; keys that are absent follow the target.
 
     Attributes:
-        num_heads: K, the number of heads.
+        num_heads: K, the number of heads; the one key that must be there.
         num_hidden_layers: residual layers in each head's block.
-        hidden_size: the target's hidden size; None follows the target.
-        vocab_size: the target's vocabulary; None follows the target.
+        hidden_size: the target's hidden size; 0 follows the target.
+        vocab_size: the target's vocabulary; 0 follows the target.
         truncated_vocab_size: rows of the heads' LM heads; fewer than ``vocab_size`` with a ``token_map``.
         original_lm_head: whether all heads share the target's LM head; the checkpoint then needs none.
         logit_scale: factor on the heads' logits.
@@ -36,10 +36,10 @@ class MedusaHeadsConfig(PretrainedConfig):
 
     def __init__(
         self,
-        num_heads: int = 5,
+        num_heads: int = 0,
         num_hidden_layers: int = 1,
-        hidden_size: int | None = None,
-        vocab_size: int | None = None,
+        hidden_size: int | None = 0,
+        vocab_size: int | None = 0,
         truncated_vocab_size: int | None = None,
         original_lm_head: bool = False,
         logit_scale: float = 1.0,
@@ -49,8 +49,8 @@ class MedusaHeadsConfig(PretrainedConfig):
     ) -> None:
         self.num_heads = num_heads
         self.num_hidden_layers = num_hidden_layers
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size or 0
+        self.vocab_size = vocab_size or 0
         self.truncated_vocab_size = truncated_vocab_size
         self.original_lm_head = original_lm_head
         self.logit_scale = logit_scale

@@ -55,8 +55,6 @@ class MedusaHeads(nn.Module):
         super().__init__()
         assert vllm_config.speculative_config is not None
         config: MedusaHeadsConfig = vllm_config.speculative_config.draft_model_config.hf_config
-        assert config.hidden_size is not None
-        assert config.vocab_size is not None
         assert config.truncated_vocab_size is not None
         self.config = config
         self.blocks = nn.ModuleList(

@@ -10,13 +10,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
+from operator import mul
 
 import torch
 
 from vllm_medusa.tree.topology import ROOT, DraftTree
 
 Path = tuple[int, ...]
+
+MAX_NODES = 1024
+"""Most nodes of a tree: its masks grow with their square, and no target verifies more in a step at a profit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,7 @@ def cartesian(widths: Sequence[int]) -> StaticTree:
         widths: children of the root, of each node at depth 1, and so on.
 
     Raises:
-        ValueError: ``widths`` is empty or holds something that is not a positive integer.
+        ValueError: ``widths`` is empty, holds something that is not a positive integer, or gives too large a tree.
 
     """
     if not widths or not all(_is_rank(width) and width > 0 for width in widths):
@@ -88,6 +92,7 @@ def cartesian(widths: Sequence[int]) -> StaticTree:
             f"medusa_tree: {list(widths)} is not a Cartesian product; "
             "give one integer of at least 1 per depth, such as [4, 2, 2]"
         )
+    _check_size(sum(accumulate(widths, mul)))
     paths = (path for depth in range(len(widths)) for path in product(*map(range, widths[: depth + 1])))
     return _from_paths(sorted(paths, key=lambda path: (sum(path) + len(path), len(path), path)))
 
@@ -101,11 +106,12 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
         choices: every drafted node's path; a path's parent must be listed too.
 
     Raises:
-        ValueError: there is no path, or one that is not a list of ranks, is listed twice, or has no parent.
+        ValueError: there is no path, too many, or one that is not a list of ranks, is listed twice, or has no parent.
 
     """
     if not choices:
         raise ValueError("medusa_tree: the list of paths is empty; give at least one path, such as [[0]]")
+    _check_size(len(choices))
     paths: dict[Path, None] = {}
     for choice in choices:
         if not isinstance(choice, list | tuple) or not choice or not all(map(_is_rank, choice)):
@@ -139,7 +145,8 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
         nodes: drafted nodes, the root not counted.
 
     Raises:
-        ValueError: the accuracies are not probabilities, or give fewer than ``nodes`` nodes to choose from.
+        ValueError: the accuracies are not probabilities, or give fewer than ``nodes`` nodes to choose from, or
+            ``nodes`` is too many.
 
     """
     if accuracies.ndim != 2 or not bool(((accuracies >= 0) & (accuracies <= 1)).all()):
@@ -154,6 +161,7 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
             f"medusa_tree: {heads} heads of {ranks} calibrated ranks give trees of 1 to {available} nodes, "
             f"not {nodes}; set num_speculative_tokens within that or calibrate more ranks"
         )
+    _check_size(nodes)
     rows: list[list[float]] = accuracies.tolist()
     paths: list[Path] = []
     frontier: list[tuple[float, int, Path]] = [(-1.0, 0, ())]
@@ -174,6 +182,11 @@ def validate_depth(tree: StaticTree, num_heads: int) -> None:
                 f"medusa_tree: path {path} is {len(path)} deep, but there are {num_heads} heads; "
                 f"give paths of at most {num_heads} ranks"
             )
+
+
+def _check_size(nodes: int) -> None:
+    if nodes > MAX_NODES:
+        raise ValueError(f"medusa_tree: {nodes} nodes are asked for; give a tree of at most {MAX_NODES}")
 
 
 def _is_rank(value: object) -> bool:

@@ -1,0 +1,346 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_medusa.config import DEFAULT_NODES, PROPOSER, MedusaSpeculativeConfig, check_cache, medusa_config
+from vllm_medusa.tree.static import MAX_NODES, cartesian
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+}
+HEADS = {"hidden_size": 64, "vocab_size": 96, "num_heads": 4, "num_hidden_layers": 1}
+"""A published ``config.json`` has no model_type, nor an architecture."""
+
+
+class Models:
+    """Writes the configurations of models that nobody loads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def write(self, name: str, config: dict[str, Any]) -> str:
+        (self.directory / name).mkdir(exist_ok=True)
+        (self.directory / name / "config.json").write_text(json.dumps(config))
+        return str(self.directory / name)
+
+    def heads(self, **changes: Any) -> str:
+        return self.write("heads", {**HEADS, **changes})
+
+    def configure(self, options: dict[str, Any], target: dict[str, Any] = LLAMA, **engine: Any) -> VllmConfig:
+        """The engine's configuration for these options; heads that fit the target unless a model is given."""
+        return EngineArgs(
+            model=self.write("target", target),
+            speculative_config={"method": "medusa", "model": options.pop("model", None) or self.heads(), **options},
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            **engine,
+        ).create_engine_config()
+
+    def medusa(self, options: dict[str, Any], **engine: Any) -> MedusaSpeculativeConfig:
+        config = medusa_config(self.configure(options, **engine))
+        assert config is not None
+        return config
+
+    def refusal(self, options: dict[str, Any], **engine: Any) -> str:
+        """The one line with which the engine refuses to start."""
+        with pytest.raises(ValueError) as refused:
+            self.configure(options, **engine)
+        message = str(refused.value)
+        assert "\n" not in message
+        return message
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Models:
+    return Models(tmp_path)
+
+
+def test_the_method_and_the_heads_are_all_that_must_be_given(models: Models) -> None:
+    config = models.configure({})
+    medusa = medusa_config(config)
+    assert medusa is not None
+    assert medusa.num_speculative_tokens == DEFAULT_NODES["cpu"] == len(medusa.static_tree) - 1
+    assert not medusa.static_tree.topology.is_chain
+    assert medusa.heads.num_heads == 4
+    assert (medusa.method, medusa.model) == ("custom_class", PROPOSER)
+    assert config.parallel_config.worker_cls == "vllm_medusa.runner.worker.MedusaCPUWorker"
+
+
+def test_flags_say_the_same_as_the_json(models: Models) -> None:
+    heads = models.heads()
+    engine_args = EngineArgs(
+        model=models.write("target", LLAMA),
+        spec_method="medusa",
+        spec_model=heads,
+        spec_tokens=3,
+        speculative_config={"medusa-tree": [2, 2]},
+        skip_tokenizer_init=True,
+    )
+    medusa = medusa_config(engine_args.create_engine_config())
+    assert medusa is not None
+    assert medusa.draft_model_config.model == heads
+    assert medusa.static_tree.choices == cartesian([2, 2]).prefix(4).choices
+
+
+def test_a_flag_that_contradicts_the_json_is_refused(models: Models) -> None:
+    message = models.refusal({"num_speculative_tokens": 3}, spec_tokens=4)
+    assert "['num_speculative_tokens'] is 3" in message
+    assert "4" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"medusa_trees": "chain"}, "no option 'medusa_trees'; its options are ['code_revision', "),
+        ({"prompt_lookup_max": 3}, "no option 'prompt_lookup_max'"),
+        ({"rejection_sample_method": "block"}, "no option 'rejection_sample_method'"),
+        ({"quantization": "fp8"}, "no option 'quantization'"),
+        ({"draft_model_config": {}}, "no option 'draft_model_config'"),
+        ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size is 2, but Medusa heads run on the target's"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0; input should be greater than 0"),
+        ({"num_speculative_tokens": -4}, "num_speculative_tokens is -4; input should be greater than 0"),
+        ({"num_speculative_tokens": 1000}, "give trees of 1 to 155 nodes, not 1000"),
+        ({"medusa_top_k": 0}, "medusa_top_k is 0; input should be greater than or equal to 1"),
+        ({"medusa_top_k": -1}, "medusa_top_k is -1"),
+        ({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'; input should be 'exact'"),
+        ({"medusa_tree": 3}, "medusa_tree: 3 is none of"),
+        ({"medusa_tree": {"depth": 3}}, "medusa_tree: {'depth': 3} is none of"),
+        ({"medusa_tree": "sparce"}, 'medusa_tree: \'sparce\' is none of "sparse", "chain"'),
+        ({"medusa_tree": []}, "medusa_tree: the list of paths is empty"),
+        ({"medusa_tree": [2, 0]}, "medusa_tree: [2, 0] is not a Cartesian product"),
+        ({"medusa_tree": [-2]}, "medusa_tree: [-2] is not a Cartesian product"),
+        ({"medusa_tree": [2.5]}, "medusa_tree: [2.5] is not a Cartesian product"),
+        ({"medusa_tree": ["2"]}, "medusa_tree: ['2'] is not a Cartesian product"),
+        ({"medusa_tree": [True]}, "medusa_tree: [True] is not a Cartesian product"),
+        ({"medusa_tree": [2, [0]]}, "medusa_tree: [2, [0]] is not a Cartesian product"),
+        ({"medusa_tree": [[0], 2]}, "medusa_tree: 2 is not a path"),
+        ({"medusa_tree": [[]]}, "medusa_tree: [] is not a path"),
+        ({"medusa_tree": [[0], [0]]}, "medusa_tree: path [0] is listed twice"),
+        ({"medusa_tree": [[0], [1, 0]]}, "medusa_tree: path [1, 0] has no parent"),
+        ({"medusa_tree": [[0], [0, -1]]}, "medusa_tree: [0, -1] is not a path"),
+        ({"medusa_tree": [1, 1, 1, 1, 1]}, "medusa_tree: path [0, 0, 0, 0, 0] is 5 deep, but there are 4 heads"),
+        ({"medusa_tree": [[0], [96]]}, "medusa_tree: rank 96 is asked for, but the heads know 96 tokens"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line_that_names_it(
+    models: Models, options: dict[str, Any], said: str
+) -> None:
+    assert said in models.refusal(options)
+
+
+def test_missing_heads_are_refused(models: Models) -> None:
+    engine_args = EngineArgs(
+        model=models.write("target", LLAMA), speculative_config={"method": "medusa"}, skip_tokenizer_init=True
+    )
+    with pytest.raises(ValueError, match=r"^speculative_config: 'model' is missing; [^\n]+$"):
+        engine_args.create_engine_config()
+
+
+def test_a_directory_without_heads_is_refused_naming_it(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert f"config.json in {str(tmp_path / 'empty')!r} has num_heads 0" in models.refusal(
+        {"model": str(tmp_path / "empty")}
+    )
+
+
+def test_a_path_that_is_not_there_is_refused_naming_it(models: Models, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    assert models.refusal({"model": missing}).startswith(f"speculative_config: model {missing!r} holds no heads")
+
+
+def test_the_target_in_place_of_the_heads_is_refused(models: Models) -> None:
+    assert "has num_heads 0; it must be an integer of at least 1" in models.refusal(
+        {"model": models.write("target", LLAMA)}
+    )
+
+
+@pytest.mark.parametrize(("name", "found", "needed"), [("hidden_size", 32, 64), ("vocab_size", 95, 96)])
+def test_heads_of_another_target_are_refused_with_both_sizes(
+    models: Models, name: str, found: int, needed: int
+) -> None:
+    message = models.refusal({"model": models.heads(**{name: found})})
+    assert f"{name} {found}, the target has {needed}" in message
+
+
+@pytest.mark.parametrize("num_heads", [0, -1, "four"])
+def test_a_wrong_number_of_heads_is_refused(models: Models, num_heads: Any) -> None:
+    assert f"has num_heads {num_heads!r}" in models.refusal({"model": models.heads(num_heads=num_heads)})
+
+
+def test_sizes_that_the_heads_leave_out_are_the_targets(models: Models) -> None:
+    heads = models.write("sparing", {"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "x"})
+    config = models.medusa({"model": heads}).heads
+    assert (config.num_heads, config.num_hidden_layers) == (3, 2)
+    assert (config.hidden_size, config.vocab_size, config.truncated_vocab_size) == (64, 96, 96)
+
+
+@pytest.mark.parametrize(
+    ("tree", "choices"),
+    [
+        ("chain", [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]),
+        ([2, 1], [[0], [1], [0, 0], [1, 0]]),
+        ([[1], [0], [1, 2]], [[1], [0], [1, 2]]),
+    ],
+)
+@pytest.mark.parametrize("form", ["option", "file", "file with a key", "checkpoint"])
+def test_a_tree_is_the_same_from_the_options_a_file_or_the_checkpoint(
+    models: Models, tmp_path: Path, tree: Any, choices: list[list[int]], form: str
+) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps({"medusa_tree": tree} if form == "file with a key" else tree))
+    match form:
+        case "option":
+            options = {"medusa_tree": tree}
+        case "checkpoint":
+            options = {"model": models.heads(medusa_tree=tree)}
+        case _:
+            options = {"medusa_tree": str(path)}
+    assert sorted(models.medusa(options).static_tree.choices) == sorted(choices)
+
+
+def test_the_options_tree_goes_before_the_checkpoints(models: Models) -> None:
+    heads = models.heads(medusa_tree=[2])
+    assert models.medusa({"model": heads, "medusa_tree": "chain"}).static_tree.topology.is_chain
+
+
+@pytest.mark.parametrize("text", ["{", "3", "null", '{"medusa_tree": 3}', '"tree.json"', "\x00"])
+def test_a_tree_file_that_holds_no_tree_is_refused_naming_it(models: Models, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text(text)
+    assert models.refusal({"medusa_tree": str(path)}).startswith(f"medusa_tree: {str(path)!r} ")
+
+
+def test_a_sparse_tree_grows_from_the_checkpoints_accuracies(models: Models) -> None:
+    heads = models.heads(medusa_accuracies=[[0.4, 0.35, 0.2], [0.1, 0.05, 0.01], [0.1, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    options = {"model": heads, "num_speculative_tokens": 4}
+    assert models.medusa(dict(options)).static_tree.choices == [[0], [1], [2], [0, 0]]
+    assert models.medusa({**options, "medusa_top_k": 2}).static_tree.choices == [[0], [1], [0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("accuracies", ["high", [[0.5], [0.3, 0.2]], [[1.5]], [0.5, 0.5], [[None]]])
+def test_accuracies_that_are_no_matrix_of_probabilities_are_refused(models: Models, accuracies: Any) -> None:
+    message = models.refusal({"model": models.heads(medusa_accuracies=accuracies)})
+    assert "accuracies" in message
+    assert "calibrate the heads again" in message
+
+
+def test_num_speculative_tokens_cuts_a_tree_to_its_first_nodes(models: Models) -> None:
+    cut = models.medusa({"medusa_tree": [3, 2], "num_speculative_tokens": 4})
+    assert cut.static_tree.choices == cartesian([3, 2]).choices[:4]
+    assert cut.num_speculative_tokens == 4
+
+
+def test_num_speculative_tokens_is_a_bound_that_a_smaller_tree_need_not_reach(models: Models) -> None:
+    assert models.medusa({"medusa_tree": [2], "num_speculative_tokens": 40}).num_speculative_tokens == 2
+
+
+@pytest.mark.parametrize("tree", [[10] * 4, [10_000] * 4, [1024, 1], [[rank] for rank in range(1025)]])
+def test_too_large_a_tree_is_refused_before_it_is_built(models: Models, tree: Any) -> None:
+    start = time.perf_counter()
+    assert f"give a tree of at most {MAX_NODES}" in models.refusal({"medusa_tree": tree})
+    assert time.perf_counter() - start < 2
+
+
+def test_the_largest_tree_is_accepted(models: Models) -> None:
+    target = {**LLAMA, "vocab_size": 2048}
+    medusa = models.medusa({"model": models.heads(vocab_size=2048), "medusa_tree": [MAX_NODES]}, target=target)
+    assert medusa.num_speculative_tokens == MAX_NODES
+
+
+def test_another_worker_class_is_refused(models: Models) -> None:
+    message = models.refusal({}, worker_cls="package.Worker")
+    assert "worker_cls is 'package.Worker'; leave worker_cls at 'auto'" in message
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
+        ({"runner": "pooling"}, "pooling models"),
+    ],
+)
+def test_an_engine_that_medusa_cannot_serve_is_refused(models: Models, engine: dict[str, Any], said: str) -> None:
+    assert f"does not support {said}" in models.refusal({}, **engine)
+
+
+MAMBA = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+}
+
+
+def test_a_target_without_attention_is_refused(models: Models) -> None:
+    assert "does not support attention-free models" in models.refusal({}, target=MAMBA, max_model_len=128)
+
+
+MROPE = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+
+
+def test_a_target_with_multi_dimensional_positions_takes_a_chain_and_no_branching_tree(models: Models) -> None:
+    assert 'give medusa_tree "chain"' in models.refusal({"medusa_tree": [2]}, target=MROPE)
+    assert models.medusa({"medusa_tree": "chain"}, target=MROPE).static_tree.topology.is_chain
+
+
+def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:
+    branching = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
+    with pytest.raises(ValueError, match=r"^kv_cache_dtype: 'fp8[^\n]*give kv_cache_dtype \"auto\", or medusa_tree"):
+        check_cache(branching)
+    check_cache(models.configure({"medusa_tree": "chain"}, kv_cache_dtype="fp8"))
+    check_cache(models.configure({"medusa_tree": [2]}))
+
+
+def described(config: MedusaSpeculativeConfig | None) -> tuple[Any, ...]:
+    assert config is not None
+    return (
+        config.method,
+        config.model,
+        config.num_speculative_tokens,
+        config.static_tree.choices,
+        config.draft_model_config.model,
+        config.heads.to_dict(),
+    )
+
+
+def test_the_configuration_reaches_workers_by_pickle_unchanged(models: Models) -> None:
+    config = models.configure({"medusa_tree": [2, 2]})
+    copied = pickle.loads(pickle.dumps(config))
+    assert described(medusa_config(copied)) == described(medusa_config(config))
+    assert copied.parallel_config.worker_cls == config.parallel_config.worker_cls
+
+
+def test_the_configuration_survives_being_replaced(models: Models) -> None:
+    medusa = models.medusa({"medusa_tree": [2, 2], "medusa_top_k": 3})
+    copied = dataclasses.replace(medusa, revision="main")
+    assert isinstance(copied, MedusaSpeculativeConfig)
+    assert described(copied) == described(medusa)
+    assert (copied.revision, copied.medusa_top_k) == ("main", 3)
+
+
+def test_the_configuration_shows_what_matters(models: Models) -> None:
+    medusa = models.medusa({"medusa_tree": [2]})
+    assert repr(medusa) == (
+        f"MedusaSpeculativeConfig(model={medusa.draft_model_config.model!r}, num_heads=4, medusa_tree=[[0], [1]])"
+    )

@@ -173,6 +173,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                 )
             setattr(heads, name, size)
         heads.truncated_vocab_size = heads.truncated_vocab_size or heads.vocab_size
+        if not 0 < heads.truncated_vocab_size <= heads.vocab_size:
+            raise ValueError(
+                f"speculative_config: the heads in {self.draft_model_config.model!r} have truncated_vocab_size "
+                f"{heads.truncated_vocab_size}, the target has {heads.vocab_size} tokens; correct config.json"
+            )
 
     def _resolve_tree(self, wanted: Any) -> StaticTree:
         """Build the tree that the options ask for and cut it to ``num_speculative_tokens``."""

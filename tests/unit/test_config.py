@@ -181,6 +181,12 @@ def test_heads_of_another_target_are_refused_with_both_sizes(
     assert f"{name} {found}, the target has {needed}" in message
 
 
+@pytest.mark.parametrize("truncated", [97, -1])
+def test_heads_of_more_tokens_than_the_targets_are_refused(models: Models, truncated: int) -> None:
+    message = models.refusal({"model": models.heads(truncated_vocab_size=truncated)})
+    assert f"truncated_vocab_size {truncated}, the target has 96 tokens" in message
+
+
 @pytest.mark.parametrize("num_heads", [0, -1, "four"])
 def test_a_wrong_number_of_heads_is_refused(models: Models, num_heads: Any) -> None:
     assert f"has num_heads {num_heads!r}" in models.refusal({"model": models.heads(num_heads=num_heads)})

@@ -116,7 +116,7 @@ class MedusaHeads(nn.Module):
         for stored_name, tensor in weights:
             name = _native_name(stored_name)
             if name == "token_map":
-                self.token_map = tensor.to(next(iter(parameters.values())).device, torch.int64)
+                self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
             elif name in parameters:
                 self._load(name, parameters[name], tensor)
                 loaded.add(name)
@@ -131,6 +131,15 @@ class MedusaHeads(nn.Module):
                 f"{self.config.num_heads} heads of {self.config.num_hidden_layers} layers; correct config.json"
             )
         return loaded
+
+    def _checked_map(self, token_map: torch.Tensor) -> torch.Tensor:
+        rows, vocab = self.config.truncated_vocab_size, self.config.vocab_size
+        if tuple(token_map.shape) != (rows,) or not bool(((token_map >= 0) & (token_map < vocab)).all()):
+            raise ValueError(
+                f"the heads' checkpoint holds a token_map of shape {tuple(token_map.shape)} with tokens "
+                f"{token_map.flatten()[:3].tolist()}...; it must have {rows} of the target's {vocab} tokens"
+            )
+        return token_map
 
     def _load(self, name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
         hidden, rows = self.config.hidden_size, self.config.truncated_vocab_size

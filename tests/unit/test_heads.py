@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import silu
+from vllm.config import set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model
+
+from vllm_medusa.config import medusa_config
+from vllm_medusa.model.heads import MedusaHeads
+
+HIDDEN, VOCAB, HEADS = 32, 96, 3
+"""The vocabulary is no multiple of 64, to which vLLM pads LM heads: padding must never be drafted."""
+
+State = dict[str, torch.Tensor]
+Load = Callable[..., MedusaHeads]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The process group of one process that vLLM's layers ask for."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+    config = EngineArgs(model=write_target(store.parent), skip_tokenizer_init=True).create_engine_config()
+    with set_current_vllm_config(config):
+        initialize_model_parallel(1)
+    yield
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+def write_target(directory: Path) -> str:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+    }
+    (directory / "target").mkdir(exist_ok=True)
+    (directory / "target" / "config.json").write_text(json.dumps(config))
+    return str(directory / "target")
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Write heads as a checkpoint and load them as an engine does."""
+    # vLLM's CPU runner does this to its process, and its model loader relies on it.
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+
+    def load_heads(state: State, file: str = "model.safetensors", **config: Any) -> MedusaHeads:
+        heads = tmp_path / "heads"
+        heads.mkdir()
+        config = {"num_heads": HEADS, "hidden_size": HIDDEN, "vocab_size": VOCAB, **config}
+        (heads / "config.json").write_text(json.dumps(config))
+        if file.endswith(".safetensors"):
+            save_file(state, heads / file)
+        else:
+            torch.save(state, heads / file)
+        vllm_config = EngineArgs(
+            model=write_target(tmp_path),
+            speculative_config={"method": "medusa", "model": str(heads), "medusa_tree": "chain"},
+            dtype="float32",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+        ).create_engine_config()
+        medusa = medusa_config(vllm_config)
+        assert medusa is not None
+        with set_current_vllm_config(vllm_config):
+            model = get_model(vllm_config=vllm_config, model_config=medusa.draft_model_config)
+        assert isinstance(model, MedusaHeads)
+        return model
+
+    return load_heads
+
+
+def random_state(heads: int = HEADS, layers: int = 1, vocab: int = VOCAB, bias: bool = True) -> State:
+    torch.manual_seed(0)
+    state = {}
+    for head in range(heads):
+        for layer in range(layers):
+            state[f"blocks.{head}.layers.{layer}.weight"] = torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5
+            if bias:
+                state[f"blocks.{head}.layers.{layer}.bias"] = torch.randn(HIDDEN)
+        state[f"lm_heads.{head}.weight"] = torch.randn(vocab, HIDDEN)
+    return state
+
+
+def plain_states(state: State, hidden: torch.Tensor, layers: int = 1) -> torch.Tensor:
+    """Each head's transformed hidden states, by the paper's equation; ``[heads, requests, hidden_size]``."""
+    transformed = []
+    for head in range(HEADS):
+        output = hidden
+        for layer in range(layers):
+            weight = state[f"blocks.{head}.layers.{layer}.weight"]
+            bias = state.get(f"blocks.{head}.layers.{layer}.bias", torch.zeros(HIDDEN))
+            output = output + silu(output @ weight.T + bias)
+        transformed.append(output)
+    return torch.stack(transformed)
+
+
+def plain_logits(state: State, hidden: torch.Tensor, layers: int = 1) -> torch.Tensor:
+    lm_heads = torch.stack([state[f"lm_heads.{head}.weight"] for head in range(HEADS)])
+    return plain_states(state, hidden, layers) @ lm_heads.transpose(1, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_heads_compute_what_plain_pytorch_computes(load: Load, layers: int, bias: bool) -> None:
+    state, hidden = random_state(layers=layers, bias=bias), torch.randn(5, HIDDEN)
+    model = load(state, num_hidden_layers=layers)
+    expected = plain_logits(state, hidden, layers)
+    torch.testing.assert_close(model.compute_logits(model(hidden)), expected)
+    assert torch.equal(model.top_tokens(hidden, 4), expected.topk(4).indices.transpose(0, 1))
+
+
+def test_all_of_the_vocabulary_and_no_padding_can_be_drafted(load: Load) -> None:
+    drafted = load(random_state()).top_tokens(torch.randn(2, HIDDEN), VOCAB)
+    assert torch.equal(drafted.sort().values, torch.arange(VOCAB).expand(2, HEADS, -1))
+
+
+def test_biases_of_the_checkpoint_are_kept(load: Load) -> None:
+    state = random_state()
+    loaded = dict(load(state).named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items() if name.endswith(".bias"))
+
+
+def test_biases_that_the_checkpoint_leaves_out_are_zero(load: Load) -> None:
+    biases = [tensor for name, tensor in load(random_state(bias=False)).named_parameters() if name.endswith(".bias")]
+    assert len(biases) == HEADS
+    assert not any(bias.any() for bias in biases)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "medusa_lm_head.pt"])
+@pytest.mark.parametrize("prefix", ["", "medusa_head.", "medusa_heads."])
+def test_published_names_are_understood(load: Load, prefix: str, file: str) -> None:
+    state, published = random_state(layers=2), {}
+    for name, tensor in state.items():
+        kind, head, *rest = name.split(".")
+        new = f"{head}.{rest[1]}.linear.{rest[2]}" if kind == "blocks" else f"{head}.2.weight"
+        published[prefix + new] = tensor
+    model = load(published, file, num_hidden_layers=2)
+    hidden = torch.randn(2, HIDDEN)
+    torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden, layers=2))
+
+
+def test_original_lm_head_shares_the_targets(load: Load) -> None:
+    class Target(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(VOCAB, HIDDEN))
+
+        def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden @ self.weight.T
+
+    state = {name: tensor for name, tensor in random_state().items() if not name.startswith("lm_heads")}
+    model, target = load(state, original_lm_head=True), Target()
+    model.share_lm_head(target)
+    hidden = torch.randn(4, HIDDEN)
+    expected = plain_states(state, hidden) @ target.weight.T
+    torch.testing.assert_close(model.compute_logits(model(hidden)), expected)
+    assert not any(parameter is target.weight for parameter in model.parameters())
+
+
+def test_heads_with_lm_heads_of_their_own_ignore_the_targets(load: Load) -> None:
+    state, hidden = random_state(), torch.randn(4, HIDDEN)
+    model = load(state)
+    model.share_lm_head(torch.nn.Identity())
+    torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden))
+
+
+def test_a_truncated_vocabulary_is_mapped_to_the_targets_tokens(load: Load) -> None:
+    state, token_map = random_state(vocab=40), torch.randperm(VOCAB)[:40]
+    model, hidden = load({**state, "token_map": token_map}, truncated_vocab_size=40), torch.randn(3, HIDDEN)
+    expected = token_map[plain_logits(state, hidden).topk(5).indices].transpose(0, 1)
+    assert torch.equal(model.top_tokens(hidden, 5), expected)
+
+
+@pytest.mark.parametrize(
+    ("token_map", "said"),
+    [
+        (torch.arange(39), r"token_map of shape \(39,\) .* must have 40"),
+        (torch.arange(40) + VOCAB, r"tokens \[96, 97, 98\]...; it must have 40 of the target's 96"),
+        (torch.arange(40) - 1, r"tokens \[-1, 0, 1\]"),
+    ],
+)
+def test_a_token_map_that_does_not_fit_is_refused(load: Load, token_map: torch.Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load({**random_state(vocab=40), "token_map": token_map}, truncated_vocab_size=40)
+
+
+def test_logits_are_scaled_as_the_config_says(load: Load) -> None:
+    state, hidden = random_state(), torch.randn(2, HIDDEN)
+    model = load(state, logit_scale=0.25)
+    torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden) * 0.25)
+
+
+@pytest.mark.parametrize("missing", ["blocks.1.layers.0.weight", "lm_heads.2.weight"])
+def test_a_missing_tensor_is_refused_by_name(load: Load, missing: str) -> None:
+    state = random_state()
+    del state[missing]
+    with pytest.raises(ValueError, match=rf"lacks '{missing}' and 0 more, but its config names 3 heads of 1 layers"):
+        load(state)
+
+
+@pytest.mark.parametrize(("heads", "layers", "name"), [(4, 1, "3"), (3, 2, "layers.1")])
+def test_a_tensor_beyond_the_configs_heads_and_layers_is_refused_by_name(
+    load: Load, heads: int, layers: int, name: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"holds '[^']*{name}[^']*', but its config names 3 heads of 1 layers"):
+        load(random_state(heads=heads, layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "needed"),
+    [
+        ("blocks.0.layers.0.weight", (HIDDEN, HIDDEN + 1), r"\(32, 33\), the target needs \(32, 32\)"),
+        ("blocks.0.layers.0.bias", (HIDDEN + 1,), r"\(33,\), the target needs \(32,\)"),
+        ("lm_heads.1.weight", (VOCAB + 1, HIDDEN), r"\(97, 32\), the target needs \(96, 32\)"),
+        ("lm_heads.1.weight", (VOCAB - 1, HIDDEN), r"\(95, 32\), the target needs \(96, 32\)"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused_with_both_shapes(
+    load: Load, name: str, shape: tuple[int, ...], needed: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"holds '{name}' of shape {needed}"):
+        load({**random_state(), name: torch.zeros(shape)})
+
+
+def test_heads_without_lm_heads_are_refused_unless_they_share_the_targets(load: Load) -> None:
+    state = {name: tensor for name, tensor in random_state().items() if not name.startswith("lm_heads")}
+    with pytest.raises(ValueError, match=r"lacks 'lm_heads.0.weight' and 2 more"):
+        load(state)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.utils import AttentionGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +38,37 @@ class TreeQueries:
 class TreeMetadataBuilder:
     """Mixin for an attention-metadata builder that can mask trees.
 
-    The model runner sets ``trees`` before each build; None is a step without branching trees.
+    The model runner announces the trees before each build; None is a step without branching ones.
     """
 
     trees: TreeQueries | None = None
+
+
+def announce_trees(groups: Iterable[AttentionGroup], trees: TreeQueries | None) -> None:
+    """Tell the metadata builders of all attention groups what the next build is for."""
+    for group in groups:
+        for builder in group.metadata_builders:
+            if isinstance(builder, TreeMetadataBuilder):
+                builder.trees = trees
+
+
+def check_backends(groups: Iterable[AttentionGroup]) -> None:
+    """Refuse layers whose attention cannot take a tree mask, at start-up.
+
+    vLLM derives a backend's builder for special layers (chunked local attention, for one) from the platform's; such a
+    builder rearranges the batch before ours would see it, so only one that is ours itself will do.
+
+    Raises:
+        ValueError: naming the layer and its backend.
+
+    """
+    for group in groups:
+        for builder in group.metadata_builders:
+            if TreeMetadataBuilder not in type(builder).__bases__:
+                raise ValueError(
+                    f"medusa_tree: layer {group.layer_names[0]!r} attends through {group.backend.__qualname__}, which "
+                    'cannot take the mask of a branching tree; give medusa_tree "chain"'
+                )
 
 
 class TreeAttention(Protocol):

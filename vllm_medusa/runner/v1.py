@@ -16,11 +16,12 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_medusa.acceptance.exact import Walk, walk
 from vllm_medusa.attention.cpu import tree_attention_selected
-from vllm_medusa.attention.metadata import TreeMetadataBuilder
+from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.config import check_cache
 from vllm_medusa.proposer import MedusaProposer
+from vllm_medusa.runner.commit import KVCommit
 from vllm_medusa.runner.sampling import TreeSampler
-from vllm_medusa.runner.step import StepPlan, TreeTable, kv_moves, plan_step
+from vllm_medusa.runner.step import StepPlan, TreeTable, plan_step
 from vllm_medusa.tree.topology import DraftTree
 
 CHAIN, TREE = 0, 1
@@ -47,14 +48,11 @@ class MedusaModelRunner(CPUModelRunner):
             super().load_model(load_dummy_weights)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
-        """Allocate the KV cache and note the layers that own a part of it, by KV cache group."""
+        """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        layers = self.compilation_config.static_forward_context
-        # A layer that shares another's cache must not move its rows a second time.
-        self._cache_owners = [
-            {layers[name].kv_cache.data_ptr(): layers[name] for name in reversed(group.layer_names)}
-            for group in kv_cache_config.kv_cache_groups
-        ]
+        if not self.drafter.tree.topology.is_chain:
+            check_backends(self._attn_group_iterator())
+        self._commit = KVCommit(kv_cache_config, self.compilation_config.static_forward_context)
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
@@ -83,11 +81,7 @@ class MedusaModelRunner(CPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
         """Tell the metadata builders of the step's trees; warm-up runs build before any step and have none."""
-        trees = self._plan.queries if self._plan is not None else None
-        for group in self._attn_group_iterator():
-            for builder in group.metadata_builders:
-                if isinstance(builder, TreeMetadataBuilder):
-                    builder.trees = trees
+        announce_trees(self._attn_group_iterator(), self._plan.queries if self._plan is not None else None)
         return super()._build_attention_metadata(*args, **kwargs)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
@@ -98,22 +92,12 @@ class MedusaModelRunner(CPUModelRunner):
         discarded = torch.from_numpy(self.discard_request_mask.np[: self.input_batch.num_reqs])
         with TreeSampler(self.sampler, self.input_batch, logits, discarded) as sampler:
             accepted = walk(plan.trees, sampler.draw)
-        self._commit(plan, accepted)
+        tables = self.input_batch.block_table.block_tables
+        self._commit(plan, accepted, [table.slot_mapping.gpu for table in tables])
         self._walk = accepted
         return SamplerOutput(
             sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=sampler.stacked_logprobs()
         )
-
-    def _commit(self, plan: StepPlan, accepted: Walk) -> None:
-        """Move the accepted rows' keys and values to where the next step expects an ordinary sequence."""
-        source, target = kv_moves(plan.trees, accepted.rows)
-        if not len(source):
-            return
-        for group, owners in enumerate(self._cache_owners):
-            slots = self.input_batch.block_table[group].slot_mapping.gpu
-            source_slots, target_slots = slots[plan.token[source]], slots[plan.token[target]]
-            for layer in owners.values():
-                layer.impl.move_kv(layer, layer.kv_cache, source_slots, target_slots)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         """Keep vLLM from rewinding the generators of unfinished prompts: the walk has not drawn from them."""

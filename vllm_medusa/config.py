@@ -279,21 +279,29 @@ def medusa_config(vllm_config: VllmConfig) -> MedusaSpeculativeConfig | None:
     return speculative if isinstance(speculative, MedusaSpeculativeConfig) else None
 
 
-def check_cache(vllm_config: VllmConfig) -> None:
-    """Refuse a KV cache that a branching tree cannot read, before any weight is loaded.
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse what only the whole engine's configuration shows, before any weight is loaded.
 
     Raises:
-        ValueError: the KV cache is quantised and the tree branches.
+        ValueError: the tree branches, and the engine quantises its KV cache or hands it on while a step runs.
 
     """
     options = medusa_config(vllm_config)
     assert options is not None
+    if options.static_tree.topology.is_chain:
+        return
     dtype = vllm_config.cache_config.cache_dtype
-    if dtype not in ("auto", "float16", "bfloat16") and not options.static_tree.topology.is_chain:
-        raise ValueError(
-            f"kv_cache_dtype: {dtype!r} is quantised, and a branching medusa_tree reads full-precision keys and values "
-            'only; give kv_cache_dtype "auto", or medusa_tree "chain"'
-        )
+    unsupported = {
+        f"a quantised KV cache (kv_cache_dtype {dtype!r})": dtype not in ("auto", "float16", "bfloat16"),
+        "a KV connector (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
+        "kv_sharing_fast_prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "micro-batches (enable_dbo)": vllm_config.parallel_config.use_ubatching,
+    }
+    for what, used in unsupported.items():
+        if used:
+            raise ValueError(
+                f'medusa_tree: a branching tree does not work with {what}; drop it, or give medusa_tree "chain"'
+            )
 
 
 def _read_tree(path: str) -> Any:

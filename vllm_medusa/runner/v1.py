@@ -17,7 +17,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_medusa.acceptance.exact import Walk, walk
 from vllm_medusa.attention.cpu import tree_attention_selected
 from vllm_medusa.attention.metadata import announce_trees, check_backends
-from vllm_medusa.config import check_cache
+from vllm_medusa.config import check_engine
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.commit import KVCommit
 from vllm_medusa.runner.sampling import TreeSampler
@@ -34,7 +34,7 @@ class MedusaModelRunner(CPUModelRunner):
     drafter: MedusaProposer
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        check_cache(vllm_config)
+        check_engine(vllm_config)
         super().__init__(vllm_config, device)
         tree = self.drafter.tree
         self._table = TreeTable.build([DraftTree.chain(len(tree) - 1), tree.topology])

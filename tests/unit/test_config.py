@@ -11,7 +11,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_medusa.config import DEFAULT_NODES, PROPOSER, MedusaSpeculativeConfig, check_cache, medusa_config
+from vllm_medusa.config import DEFAULT_NODES, PROPOSER, MedusaSpeculativeConfig, check_engine, medusa_config
 from vllm_medusa.tree.static import MAX_NODES, cartesian
 
 LLAMA = {
@@ -312,10 +312,10 @@ def test_a_target_with_multi_dimensional_positions_takes_a_chain_and_no_branchin
 
 def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:
     branching = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
-    with pytest.raises(ValueError, match=r"^kv_cache_dtype: 'fp8[^\n]*give kv_cache_dtype \"auto\", or medusa_tree"):
-        check_cache(branching)
-    check_cache(models.configure({"medusa_tree": "chain"}, kv_cache_dtype="fp8"))
-    check_cache(models.configure({"medusa_tree": [2]}))
+    with pytest.raises(ValueError, match=r"^medusa_tree: [^\n]*quantised KV cache \(kv_cache_dtype 'fp8[^\n]*or give medusa_tree"):
+        check_engine(branching)
+    check_engine(models.configure({"medusa_tree": "chain"}, kv_cache_dtype="fp8"))
+    check_engine(models.configure({"medusa_tree": [2]}))
 
 
 def described(config: MedusaSpeculativeConfig | None) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.output import SchedulerOutput
 
 Prompt = Sequence[int]
@@ -104,6 +105,8 @@ def generate_staggered(
         joining = min(max(aim - running, int(running == 0)), rng.randint(1, 4), len(waiting))
         for _ in range(joining):
             index, prompt, sampling = waiting.popleft()
+            sampling = sampling.clone()
+            sampling.output_kind = RequestOutputKind.FINAL_ONLY
             llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, sampling)
         running += joining
         for output in llm.llm_engine.step():

@@ -1,8 +1,8 @@
 """What a step costs by its number of rows: tree steps of vllm_medusa against chain steps of stock vLLM.
 
 Both verify drafts that are random, so nothing is accepted and every step has the same rows; both run the same target,
-one request, in a process each, and take turns. A third contender adds the heads to ours. Weights are random: a step costs
-the same whatever they are.
+one request, in a process each, and take turns. A third contender adds the heads to ours. Weights are random: a step
+costs the same whatever they are.
 
     python benchmarks/step_cost.py --rows 1 --rows 8 --rows 16 --output build/step_cost.json
 """
@@ -111,7 +111,7 @@ class Contender:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=None,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
         self._answer()
@@ -148,7 +148,7 @@ def serve(kind: str, rows: int) -> None:
         if kind == "tree":
             from vllm_medusa.proposer import MedusaProposer
 
-            MedusaProposer.propose = lambda _, hidden: torch.randint(VOCAB, (len(hidden), rows - 1))  # type: ignore[assignment, method-assign]
+            MedusaProposer.propose = lambda _, hidden: torch.randint(VOCAB, (len(hidden), rows - 1))
     llm = LLM(
         str(DIRECTORY / "target"),
         skip_tokenizer_init=True,
@@ -186,10 +186,11 @@ def serve(kind: str, rows: int) -> None:
             seq_lens=torch.tensor([PROMPT_TOKENS + rows]),
         )
         accepted = Walk(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 2, 4, rows - 1]]))
+        slots = [table.slot_mapping.gpu for table in runner.input_batch.block_table.block_tables]
         times = []
         for _ in range(50):
             start = time.perf_counter()
-            runner._commit(plan, accepted)
+            runner._commit(plan, accepted, slots)
             times.append(time.perf_counter() - start)
         return statistics.median(times) * 1e3
 
@@ -221,7 +222,9 @@ def prepare_models() -> None:
     (DIRECTORY / "heads").mkdir(exist_ok=True)
     state = {f"blocks.{head}.layers.0.weight": torch.randn(HIDDEN, HIDDEN) for head in range(HEADS)}
     state |= {f"lm_heads.{head}.weight": torch.randn(VOCAB, HIDDEN) for head in range(HEADS)}
-    save_file({name: tensor.to(torch.bfloat16) for name, tensor in state.items()}, DIRECTORY / "heads/model.safetensors")
+    save_file(
+        {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}, DIRECTORY / "heads/model.safetensors"
+    )
     (DIRECTORY / "heads" / "config.json").write_text(
         json.dumps({"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_heads": HEADS, "num_hidden_layers": 1})
     )

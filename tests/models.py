@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_medusa.demo.corpus import load_corpus
+from vllm_medusa.demo.own_text import continue_blocks
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
 from vllm_medusa.model.checkpoint import replaced_directory, write_heads
@@ -39,14 +40,16 @@ class TinySettings:
             head_dim=32,
             max_position_embeddings=1024,
             block_length=128,
-            batch_size=16,
-            steps=150,
+            batch_size=8,
+            steps=400,
+            learning_rate=1e-2,
         )
     )
     heads: Medusa1Config = field(
-        default_factory=lambda: Medusa1Config(num_heads=4, steps=100, batch_size=16, learning_rate=2e-3)
+        default_factory=lambda: Medusa1Config(steps=120, batch_size=16, learning_rate=3e-3, prompt_length=32)
     )
-    version: int = 1
+    own_texts: int = 640
+    corpus_version: int = 2
 
     @property
     def key(self) -> str:
@@ -73,11 +76,11 @@ def tiny_heads(settings: TinySettings = TinySettings()) -> Path:
         target_directory = tiny_target(settings)
         target = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(target_directory)
-        corpus = load_corpus(settings.characters)
-        length = settings.target.block_length
-        blocks = pack_blocks(encode_documents(tokenizer, corpus.training), length)
-        held_out = pack_blocks(encode_documents(tokenizer, corpus.held_out), length)[:128]
-        result = train_medusa1(target, blocks, held_out, settings.heads, show_progress=False)
+        documents = encode_documents(tokenizer, load_corpus(settings.characters).training)
+        prompts = torch.tensor(cut_prompts(documents, [settings.heads.prompt_length], settings.own_texts))
+        own = continue_blocks(target, prompts, settings.target.block_length, show_progress=False)
+        # The blocks held out here come from training prompts: no test needs them to be more than plausible.
+        result = train_medusa1(target, own[64:], own[:64], settings.heads, show_progress=False)
         extra = {"medusa_accuracies": result.accuracies.tolist()}
         write_heads(directory, result.heads.spec, result.heads.state_dict(), extra)
 

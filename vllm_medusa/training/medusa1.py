@@ -14,7 +14,7 @@ from vllm_medusa.model.checkpoint import HeadsSpec
 from vllm_medusa.training.accuracy import RankAccuracy
 from vllm_medusa.training.data import shuffled_batches
 from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import medusa_loss
+from vllm_medusa.training.losses import IGNORED, medusa_loss
 from vllm_medusa.training.progress import training_progress
 from vllm_medusa.training.schedule import cosine_with_warmup
 
@@ -38,6 +38,7 @@ class Medusa1Config:
         max_grad_norm: gradients longer than this are shortened to it.
         decay: the loss weight of head k is ``decay ** k``.
         ranks: how many of each head's most likely tokens the held-out accuracy looks at.
+        prompt_length: tokens at the start of each block that the heads need not foretell, such as a prompt.
         seed: what the order of the blocks depends on.
 
     Raises:
@@ -56,6 +57,7 @@ class Medusa1Config:
     max_grad_norm: float = 1.0
     decay: float = 0.8
     ranks: int = 10
+    prompt_length: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,8 +69,9 @@ class Medusa1Config:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(f"warmup_steps must be within 0..{self.steps} (steps), got {self.warmup_steps}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        for name in ("weight_decay", "prompt_length"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be within (0, 1], got {self.decay}")
 
@@ -128,26 +131,34 @@ def train_medusa1(
     with training_progress("Medusa heads", config.steps, show_progress) as report:
         for _ in range(config.steps):
             tokens = next(batches).to(lm_head.device)
-            loss = medusa_loss(heads, final_hidden_states(target, tokens), tokens, config.decay)
+            labels = labels_of(tokens, config.prompt_length)
+            loss = medusa_loss(heads, final_hidden_states(target, tokens), labels, config.decay)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             report(loss.item())
-    return Medusa1Result(heads, held_out_accuracies(target, heads, held_out, config.batch_size, config.ranks))
+    return Medusa1Result(heads, held_out_accuracies(target, heads, held_out, config))
 
 
 def held_out_accuracies(
-    target: PreTrainedModel, heads: MedusaHeads, held_out: torch.Tensor, batch_size: int, ranks: int
+    target: PreTrainedModel, heads: MedusaHeads, held_out: torch.Tensor, config: Medusa1Config
 ) -> torch.Tensor:
     """``[heads, ranks]``: how often the right token is each head's choice of exactly that rank."""
-    accuracy = RankAccuracy(heads, ranks)
+    accuracy = RankAccuracy(heads, config.ranks)
     device = target.get_output_embeddings().weight.device
-    for batch in held_out.split(batch_size):
+    for batch in held_out.split(config.batch_size):
         tokens = batch.to(device)
-        accuracy.add(final_hidden_states(target, tokens), tokens)
+        accuracy.add(final_hidden_states(target, tokens), labels_of(tokens, config.prompt_length))
     return accuracy.result()
+
+
+def labels_of(tokens: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Return ``[batch, length]`` of labels: the tokens, without those of the prompts at their start."""
+    labels = tokens.clone()
+    labels[:, :prompt_length] = IGNORED
+    return labels
 
 
 @torch.no_grad()

@@ -1,0 +1,15 @@
+"""The ``vllm-medusa`` command. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import typer
+
+from vllm_medusa.cli.demo import demo
+
+app = typer.Typer(name="vllm-medusa", no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(demo)
+
+
+@app.callback()
+def main() -> None:
+    """Medusa heads and draft trees for stock vLLM."""

@@ -1,0 +1,22 @@
+"""``vllm-medusa demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    directory: Annotated[Path, typer.Option(help="Where models and results are kept.")] = Path("build/demo"),
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the contenders take turns.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per contender and round.")] = 2,
+) -> None:
+    """Train a small model and its heads on this machine, then race stock vLLM against draft trees.
+
+    The models are trained once and kept; a second run starts with the race.
+    """
+    from vllm_medusa.demo.run import run_demo
+
+    run_demo(directory, rounds, prompts)

@@ -1,0 +1,149 @@
+"""The demo's models, built once and kept in directories that are named after their settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vllm_medusa.demo.corpus import Corpus, load_corpus
+from vllm_medusa.demo.own_text import continue_blocks
+from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
+from vllm_medusa.demo.target import TargetConfig, train_target
+from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
+from vllm_medusa.model.checkpoint import CONFIG_FILE, read_spec, read_state, replaced_directory, write_heads
+from vllm_medusa.training.data import pack_blocks
+from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
+
+OWN_TEXT_PROMPT = 32
+"""Tokens of each of the target's own texts that were given to it."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """All that the demo's models depend on.
+
+    Attributes:
+        characters: how much of the corpus the target is trained on.
+        target: the target's sizes and training.
+        heads: the heads' training.
+        own_texts: texts that the target writes for its heads to learn from.
+        held_out_texts: such texts, from held-out prompts, on which the heads' accuracies are measured.
+        padded: the sizes of the costly models.
+
+    """
+
+    characters: int = 4_000_000
+    target: TargetConfig = field(default_factory=TargetConfig)
+    heads: Medusa1Config = field(
+        default_factory=lambda: Medusa1Config(prompt_length=OWN_TEXT_PROMPT, steps=200, learning_rate=2e-3)
+    )
+    own_texts: int = 1024
+    held_out_texts: int = 64
+    padded: PaddedSizes = field(default_factory=PaddedSizes)
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """The models of some settings, under one directory; each is built when it is asked for and not there yet."""
+
+    directory: Path
+    settings: DemoSettings
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text to train on, and the text that is held out."""
+        return load_corpus(self.settings.characters)
+
+    @cached_property
+    def target(self) -> Path:
+        """The trained target and its tokenizer."""
+        settings = self.settings
+
+        def build(directory: Path) -> None:
+            tokenizer = train_tokenizer(self.corpus.training, settings.target.vocab_size)
+            blocks = pack_blocks(encode_documents(tokenizer, self.corpus.training), settings.target.block_length)
+            train_target(settings.target, blocks).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+
+        return self._built("target", (settings.characters, asdict(settings.target)), build)
+
+    @cached_property
+    def heads(self) -> Path:
+        """The heads, trained on text that the target wrote."""
+        settings = self.settings
+
+        def build(directory: Path) -> None:
+            own, held_out = (self._own_text(count, held) for count, held in self._own_text_counts())
+            result = train_medusa1(self.load_target(), own, held_out, settings.heads)
+            extra = {"medusa_accuracies": result.accuracies.tolist()}
+            write_heads(directory, result.heads.spec, result.heads.state_dict(), extra)
+
+        key = (self.target.name, asdict(settings.heads), self._own_text_counts())
+        return self._built("heads", key, build)
+
+    @cached_property
+    def padded_target(self) -> Path:
+        """The target padded to a realistic cost, in bf16."""
+
+        def build(directory: Path) -> None:
+            target = self.load_target()
+            padded = pad_target(target, self.settings.padded)
+            verify_padding(target, padded, torch.tensor([self.prompts(1)[0]]))
+            padded.to(torch.bfloat16).save_pretrained(directory)
+
+        return self._built("padded-target", (self.target.name, asdict(self.settings.padded)), build)
+
+    @cached_property
+    def padded_heads(self) -> Path:
+        """The heads padded to the padded target's width, in bf16."""
+
+        def build(directory: Path) -> None:
+            width = self.settings.padded.hidden_size
+            spec, state = pad_heads(read_spec(self.heads), read_state(self.heads), width)
+            write_heads(directory, spec, {name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
+
+        return self._built("padded-heads", (self.heads.name, asdict(self.settings.padded)), build)
+
+    @property
+    def accuracies(self) -> torch.Tensor:
+        """``[heads, ranks]``: the heads' held-out accuracies."""
+        return torch.tensor(json.loads((self.heads / CONFIG_FILE).read_text())["medusa_accuracies"])
+
+    def load_target(self) -> LlamaForCausalLM:
+        """Load the target in fp32."""
+        return LlamaForCausalLM.from_pretrained(self.target, dtype=torch.float32).eval()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Load the target's tokenizer."""
+        return PreTrainedTokenizerFast.from_pretrained(self.target)
+
+    def prompts(self, count: int, length: int = 64) -> list[list[int]]:
+        """Cut prompts out of files that no training saw."""
+        return cut_prompts(encode_documents(self.load_tokenizer(), self.corpus.held_out), [length], count)
+
+    def _own_text_counts(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
+        return (self.settings.own_texts, False), (self.settings.held_out_texts, True)
+
+    def _own_text(self, count: int, held_out: bool) -> torch.Tensor:
+        texts = self.corpus.held_out if held_out else self.corpus.training
+        documents = encode_documents(self.load_tokenizer(), texts)
+        prompts = torch.tensor(cut_prompts(documents, [OWN_TEXT_PROMPT], count))
+        return continue_blocks(self.load_target(), prompts, self.settings.target.block_length)
+
+    def _built(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
+        """Return a directory's path, built if it is not there; the corpus, and so all, follows Python's version."""
+        content = json.dumps([key, sys.version_info[:3]], sort_keys=True)
+        directory = self.directory / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        if not directory.exists():
+            with replaced_directory(directory) as temporary:
+                build(temporary)
+        return directory

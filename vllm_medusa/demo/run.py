@@ -1,0 +1,58 @@
+"""The demo from start to end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_medusa.demo.artifacts import Artifacts, DemoSettings
+from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Comparison, Models, compare
+from vllm_medusa.demo.report import draw, print_table, summarise, write_results
+from vllm_medusa.tree.static import best_first
+
+NODES = {TREE: 7, TREE_WIDE: 31}
+"""Rows cost compute on a CPU: the small tree is the fast one, the wide one shows what a tree is worth where rows are
+nearly free."""
+
+EXACT_PROMPTS = 32
+
+
+def run_demo(directory: Path, rounds: int, prompts: int) -> None:
+    """Train what is not there yet, compare, report."""
+    # Everything is local, and the loaders' own progress bars would cut through ours.
+    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    console = Console()
+    artifacts = Artifacts(directory, DemoSettings())
+    small = Models(artifacts.target, artifacts.heads)
+    large = Models(artifacts.padded_target, artifacts.padded_heads)
+    accuracies = artifacts.accuracies
+    console.print("Heads' top-1 accuracy: " + ", ".join(f"{value:.2f}" for value in accuracies[:, 0].tolist()))
+
+    held_out = artifacts.prompts(EXACT_PROMPTS + rounds * prompts)
+    comparison = Comparison(
+        small=small,
+        large=large,
+        num_heads=len(accuracies),
+        trees={name: best_first(accuracies, nodes).choices for name, nodes in NODES.items()},
+        timed_prompts=held_out[:: len(held_out) // (rounds * prompts)][: rounds * prompts],
+        exact_prompts=held_out[:EXACT_PROMPTS],
+        rounds=rounds,
+    )
+    runs = compare(comparison, (PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE), directory / "logs", console)
+    summary = summarise(runs, {PLAIN: 0, NATIVE_CHAIN: comparison.num_heads, **NODES})
+    details = {
+        "models": artifacts.describe(),
+        "accuracies": accuracies.tolist(),
+        "trees": comparison.trees,
+        "tokens": comparison.tokens,
+        "rounds": rounds,
+        "prompts_per_round": prompts,
+    }
+    write_results(directory / "results.json", summary, details)
+    print_table(summary, console)
+    note = f"{artifacts.describe()}; {comparison.threads} CPU threads, bf16, batch 1, greedy"
+    console.print(f"Speed: {note}.")
+    draw(directory / "results.png", summary, note)
+    console.print(f"Written: {directory / 'results.json'}, {directory / 'results.png'}")

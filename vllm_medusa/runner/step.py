@@ -12,6 +12,9 @@ from vllm_medusa.attention.metadata import TreeQueries
 from vllm_medusa.tree.batch import TreeBatch
 from vllm_medusa.tree.topology import DraftTree
 
+CHAIN, TREE = 0, 1
+"""Rows of the table that ``TreeTable.of`` makes."""
+
 
 @dataclass(frozen=True, eq=False)
 class TreeTable:
@@ -29,6 +32,11 @@ class TreeTable:
     depths: torch.Tensor
     ancestors: torch.Tensor
     chain_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, tree: DraftTree) -> TreeTable:
+        """Return the table for an engine: the chain for drafts that have to be one, and the tree for all others."""
+        return cls.build([DraftTree.chain(len(tree) - 1), tree])
 
     @classmethod
     def build(cls, trees: Sequence[DraftTree]) -> TreeTable:
@@ -63,6 +71,14 @@ class StepPlan:
     token: torch.Tensor
     depth: torch.Tensor
     queries: TreeQueries | None
+
+    def place(
+        self,
+        positions: torch.Tensor,  # [tokens], int64
+    ) -> None:
+        """Put each row at the position of its depth, in place; before, they have the positions of a chain."""
+        root_position = positions[self.token[self.trees.root]]
+        positions[self.token] = root_position[self.trees.request] + self.depth
 
 
 def plan_step(

@@ -21,11 +21,7 @@ from vllm_medusa.config import check_engine
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.commit import KVCommit
 from vllm_medusa.runner.sampling import TreeSampler
-from vllm_medusa.runner.step import StepPlan, TreeTable, plan_step
-from vllm_medusa.tree.topology import DraftTree
-
-CHAIN, TREE = 0, 1
-"""Rows of the runner's ``TreeTable``."""
+from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, TreeTable, plan_step
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -37,8 +33,8 @@ class MedusaModelRunner(CPUModelRunner):
         check_engine(vllm_config)
         super().__init__(vllm_config, device)
         tree = self.drafter.tree
-        self._table = TreeTable.build([DraftTree.chain(len(tree) - 1), tree.topology])
-        self._top_path = [row for row, choice in enumerate(tree.choices) if not any(choice)]
+        self._table = TreeTable.of(tree.topology)
+        self._top_path = tree.top_path
         self._plan: StepPlan | None = None
         self._walk: Walk | None = None
 
@@ -72,10 +68,8 @@ class MedusaModelRunner(CPUModelRunner):
             seq_lens=self.seq_lens[: len(req_ids)],
         )
         token_ids.clamp_(min=0)
-        trees = plan.trees
-        root_position = self.positions[plan.token[trees.root]]
         # Slots were computed from the positions of a chain above, and stay: row i of a tree is at slot context + i.
-        self.positions[plan.token] = root_position[trees.request] + plan.depth
+        plan.place(self.positions)
         self._plan = plan
         return logits_indices, metadata, max_sampled
 

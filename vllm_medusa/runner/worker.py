@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vllm.v1.worker.cpu_worker import CPUWorker
+from importlib import import_module
 
-from vllm_medusa.runner.v1 import MedusaModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class MedusaCPUWorker(CPUWorker):
@@ -16,5 +16,6 @@ class MedusaCPUWorker(CPUWorker):
         ``CPUWorker.init_device`` builds its runner by the class's name and has no method for it to override; the one it
         built holds no weights and no cache yet.
         """
+        adapter = import_module(f"vllm_medusa.runner.{'v2' if self.use_v2_model_runner else 'v1'}")
         super().init_device()
-        self.model_runner = MedusaModelRunner(self.vllm_config, self.device)
+        self.model_runner = adapter.MedusaModelRunner(self.vllm_config, self.device)

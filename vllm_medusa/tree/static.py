@@ -62,6 +62,11 @@ class StaticTree:
         return int(self.ranks.max()) + 1
 
     @property
+    def top_path(self) -> list[int]:
+        """Indices into ``choices`` of the chain of top-1 tokens, from the root down; empty if there is none."""
+        return [index for index, choice in enumerate(self.choices) if not any(choice)]
+
+    @property
     def choices(self) -> list[list[int]]:
         """Each drafted row's path, in row order, the root left out."""
         paths: list[list[int]] = [[]]

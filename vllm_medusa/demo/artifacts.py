@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_medusa.demo.corpus import Corpus, load_corpus
@@ -19,7 +21,14 @@ from vllm_medusa.demo.own_text import continue_blocks
 from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
-from vllm_medusa.model.checkpoint import CONFIG_FILE, read_spec, read_state, replaced_directory, write_heads
+from vllm_medusa.model.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_spec,
+    read_state,
+    replaced_directory,
+    write_heads,
+)
 from vllm_medusa.training.data import pack_blocks
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
@@ -118,6 +127,14 @@ class Artifacts:
         """``[heads, ranks]``: the heads' held-out accuracies."""
         return torch.tensor(json.loads((self.heads / CONFIG_FILE).read_text())["medusa_accuracies"])
 
+    def describe(self) -> str:
+        """Say which models are raced; figures from padded models must be told as such."""
+        small, large = (_parameters(directory) / 1e6 for directory in (self.target, self.padded_target))
+        return (
+            f"a {small:.1f} M parameter Llama trained on the standard library's code, "
+            f"padded with zeros to the cost of {large:.0f} M parameters"
+        )
+
     def load_target(self) -> LlamaForCausalLM:
         """Load the target in fp32."""
         return LlamaForCausalLM.from_pretrained(self.target, dtype=torch.float32).eval()
@@ -147,3 +164,8 @@ class Artifacts:
             with replaced_directory(directory) as temporary:
                 build(temporary)
         return directory
+
+
+def _parameters(directory: Path) -> int:
+    with safe_open(directory / WEIGHTS_FILE, framework="pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118

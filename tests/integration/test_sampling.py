@@ -72,7 +72,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bad_words": {**SAMPLED, "bad_words": ["self", "return", "the", "in", "==", "a b", "def __init__", "= None"]},
     "stop_token_ids": {**SAMPLED, "stop_token_ids": COMMON[::4]},
     "stop": {**SAMPLED, "stop": ["self", "\n\n", "in"]},
-    "min_tokens": {**SAMPLED, "stop_token_ids": COMMON[::4], "min_tokens": 20},
+    "min_tokens": {**SAMPLED, "stop_token_ids": COMMON, "min_tokens": 20},
+    "greedy_min_tokens": {"temperature": 0.0, "stop_token_ids": COMMON, "min_tokens": 25},
     "allowed_token_ids": {**SAMPLED, "allowed_token_ids": COMMON},
     "no_recent": {**SAMPLED, "extra_args": {"no_recent": 12}},
     "everything": {

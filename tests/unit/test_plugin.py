@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from packaging.version import Version
-from vllm.config import SpeculativeConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.registry import ModelRegistry
@@ -17,17 +17,23 @@ from vllm_medusa import compat
 from vllm_medusa.model.config import ARCHITECTURE
 from vllm_medusa.plugin import register
 
+WRAPPED: list[tuple[type, str]] = [
+    (EngineArgs, "create_speculative_config"),
+    (SamplingParams, "_validate_spec_decode"),
+    (VllmConfig, "_get_v2_model_runner_unsupported_features"),
+]
+
 
 def wrapped() -> list[Any]:
-    return [EngineArgs.create_speculative_config, SamplingParams._validate_spec_decode]
+    return [getattr(owner, name) for owner, name in WRAPPED]
 
 
 @pytest.fixture
 def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own functions, as they are before the plugin; ours are put back afterwards."""
     register()
-    monkeypatch.setattr(EngineArgs, "create_speculative_config", EngineArgs.create_speculative_config.__wrapped__)
-    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", SamplingParams._validate_spec_decode.__wrapped__)
+    for owner, name in WRAPPED:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
 
 
 def test_importing_the_entry_point_imports_neither_vllm_nor_torch() -> None:
@@ -102,9 +108,9 @@ def test_an_unsupported_vllm_is_refused_naming_both_versions(
 @pytest.mark.usefixtures("unregistered")
 def test_an_unsupported_vllm_is_otherwise_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compat, "vllm_version", lambda: Version("0.34.0"))
-    stock = SamplingParams._validate_spec_decode
+    stock = wrapped()
     register()
-    assert SamplingParams._validate_spec_decode is stock
+    assert wrapped()[1:] == stock[1:]
     assert EngineArgs(model=str(tmp_path)).create_speculative_config(None, None) is None
 
 

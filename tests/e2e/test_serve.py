@@ -1,4 +1,4 @@
-"""``vllm serve`` with Medusa, through the official client: what plain decoding says, faster counted, errors survived."""
+"""``vllm serve`` with Medusa, through the official client: it says what plain decoding says, and survives errors."""
 
 from __future__ import annotations
 

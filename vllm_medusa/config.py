@@ -224,7 +224,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     def _check_target(self) -> None:
         """Refuse targets that Medusa cannot serve, whatever the tree."""
-        target = self.target_model_config
+        target, platform = self.target_model_config, current_platform.device_type
+        if platform not in WORKERS:
+            raise ValueError(
+                f"speculative_config: method 'medusa' runs on {sorted(WORKERS)}, not on {platform!r}; drop it there"
+            )
         tensor_parallel = self.target_parallel_config.tensor_parallel_size
         if self.draft_tensor_parallel_size not in (None, tensor_parallel):
             raise ValueError(
@@ -260,17 +264,13 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                 )
 
     def _choose_worker(self) -> None:
-        platform = current_platform.device_type
-        if platform not in WORKERS:
-            raise ValueError(
-                f"speculative_config: method 'medusa' runs on {sorted(WORKERS)}, not on {platform!r}; drop it there"
-            )
-        if self.target_parallel_config.worker_cls not in ("auto", WORKERS[platform]):
+        worker = WORKERS[current_platform.device_type]
+        if self.target_parallel_config.worker_cls not in ("auto", worker):
             raise ValueError(
                 f"speculative_config: method 'medusa' brings its own worker class, but worker_cls is "
                 f"{self.target_parallel_config.worker_cls!r}; leave worker_cls at 'auto'"
             )
-        self.target_parallel_config.worker_cls = WORKERS[platform]
+        self.target_parallel_config.worker_cls = worker
 
 
 def medusa_config(vllm_config: VllmConfig) -> MedusaSpeculativeConfig | None:

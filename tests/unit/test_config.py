@@ -5,6 +5,7 @@ import json
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,6 +273,11 @@ def test_the_largest_tree_is_accepted(models: Models) -> None:
     assert medusa.num_speculative_tokens == MAX_NODES
 
 
+def test_another_platform_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
+    assert "method 'medusa' runs on ['cpu'], not on 'cuda'" in models.refusal({})
+
+
 def test_another_worker_class_is_refused(models: Models) -> None:
     message = models.refusal({}, worker_cls="package.Worker")
     assert "worker_cls is 'package.Worker'; leave worker_cls at 'auto'" in message
@@ -312,7 +318,8 @@ def test_a_target_with_multi_dimensional_positions_takes_a_chain_and_no_branchin
 
 def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:
     branching = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
-    with pytest.raises(ValueError, match=r"^medusa_tree: [^\n]*quantised KV cache \(kv_cache_dtype 'fp8[^\n]*or give medusa_tree"):
+    said = r"^medusa_tree: [^\n]*quantised KV cache \(kv_cache_dtype 'fp8[^\n]*or give medusa_tree"
+    with pytest.raises(ValueError, match=said):
         check_engine(branching)
     check_engine(models.configure({"medusa_tree": "chain"}, kv_cache_dtype="fp8"))
     check_engine(models.configure({"medusa_tree": [2]}))

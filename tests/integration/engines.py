@@ -100,7 +100,7 @@ def generate_staggered(
     running = 0
     while waiting or running:
         if steps_left == 0:
-            aim, steps_left = rng.randint(1, most), rng.randint(2, 24)
+            aim, steps_left = rng.choice([most, rng.randint(1, most)]), rng.randint(2, 40)
         steps_left -= 1
         joining = min(max(aim - running, int(running == 0)), rng.randint(1, 4), len(waiting))
         for _ in range(joining):

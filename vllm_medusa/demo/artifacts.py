@@ -32,9 +32,6 @@ from vllm_medusa.model.checkpoint import (
 from vllm_medusa.training.data import pack_blocks
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
-OWN_TEXT_PROMPT = 32
-"""Tokens of each of the target's own texts that were given to it."""
-
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -45,6 +42,7 @@ class DemoSettings:
         target: the target's sizes and training.
         heads: the heads' training.
         own_texts: texts that the target writes for its heads to learn from.
+        own_text_length: tokens of each, with the prompt's.
         held_out_texts: such texts, from held-out prompts, on which the heads' accuracies are measured.
         padded: the sizes of the costly models.
 
@@ -52,10 +50,9 @@ class DemoSettings:
 
     characters: int = 4_000_000
     target: TargetConfig = field(default_factory=TargetConfig)
-    heads: Medusa1Config = field(
-        default_factory=lambda: Medusa1Config(prompt_length=OWN_TEXT_PROMPT, steps=200, learning_rate=2e-3)
-    )
-    own_texts: int = 1024
+    heads: Medusa1Config = field(default_factory=lambda: Medusa1Config(prompt_length=32, steps=200, learning_rate=3e-3))
+    own_texts: int = 768
+    own_text_length: int = 192
     held_out_texts: int = 64
     padded: PaddedSizes = field(default_factory=PaddedSizes)
 
@@ -91,12 +88,14 @@ class Artifacts:
         settings = self.settings
 
         def build(directory: Path) -> None:
-            own, held_out = (self._own_text(count, held) for count, held in self._own_text_counts())
+            own = self._own_texts(self.corpus.training, settings.own_texts)
+            held_out = self._own_texts(self.corpus.held_out, settings.held_out_texts)
             result = train_medusa1(self.load_target(), own, held_out, settings.heads)
             extra = {"medusa_accuracies": result.accuracies.tolist()}
             write_heads(directory, result.heads.spec, result.heads.state_dict(), extra)
 
-        key = (self.target.name, asdict(settings.heads), self._own_text_counts())
+        texts = (settings.own_texts, settings.own_text_length, settings.held_out_texts)
+        key = (self.target.name, asdict(settings.heads), texts)
         return self._built("heads", key, build)
 
     @cached_property
@@ -147,14 +146,10 @@ class Artifacts:
         """Cut prompts out of files that no training saw."""
         return cut_prompts(encode_documents(self.load_tokenizer(), self.corpus.held_out), [length], count)
 
-    def _own_text_counts(self) -> tuple[tuple[int, bool], tuple[int, bool]]:
-        return (self.settings.own_texts, False), (self.settings.held_out_texts, True)
-
-    def _own_text(self, count: int, held_out: bool) -> torch.Tensor:
-        texts = self.corpus.held_out if held_out else self.corpus.training
+    def _own_texts(self, texts: tuple[str, ...], count: int) -> torch.Tensor:
         documents = encode_documents(self.load_tokenizer(), texts)
-        prompts = torch.tensor(cut_prompts(documents, [OWN_TEXT_PROMPT], count))
-        return continue_blocks(self.load_target(), prompts, self.settings.target.block_length)
+        prompts = torch.tensor(cut_prompts(documents, [self.settings.heads.prompt_length], count))
+        return continue_blocks(self.load_target(), prompts, self.settings.own_text_length)
 
     def _built(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
         """Return a directory's path, built if it is not there; the corpus, and so all, follows Python's version."""

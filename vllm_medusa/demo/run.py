@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from vllm_medusa.demo.artifacts import Artifacts, DemoSettings
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Comparison, Models, compare
@@ -21,8 +21,7 @@ EXACT_PROMPTS = 32
 
 def run_demo(directory: Path, rounds: int, prompts: int) -> None:
     """Train what is not there yet, compare, report."""
-    # Everything is local, and the loaders' own progress bars would cut through ours.
-    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    disable_progress_bar()  # Those of loading and saving would cut through ours.
     console = Console()
     artifacts = Artifacts(directory, DemoSettings())
     small = Models(artifacts.target, artifacts.heads)

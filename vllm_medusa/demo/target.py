@@ -39,19 +39,19 @@ class TargetConfig:
 
     """
 
-    vocab_size: int = 2048
-    hidden_size: int = 256
-    intermediate_size: int = 704
+    vocab_size: int = 1024
+    hidden_size: int = 192
+    intermediate_size: int = 512
     num_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
     max_position_embeddings: int = 2048
     block_length: int = 256
-    batch_size: int = 16
-    steps: int = 250
+    batch_size: int = 4
+    steps: int = 800
     warmup_steps: int = 20
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-2
     matrix_learning_rate: float = 0.03
     seed: int = 0
 

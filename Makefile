@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	@$(WITH_OPENMP) $(VENV)/bin/vllm-medusa demo $(ARGS)
 
 test: $(INSTALLED)
-	@$(WITH_OPENMP) $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(WITH_OPENMP) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

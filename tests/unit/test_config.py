@@ -262,9 +262,9 @@ def test_num_speculative_tokens_is_a_bound_that_a_smaller_tree_need_not_reach(mo
 
 @pytest.mark.parametrize("tree", [[10] * 4, [10_000] * 4, [1024, 1], [[rank] for rank in range(1025)]])
 def test_too_large_a_tree_is_refused_before_it_is_built(models: Models, tree: Any) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert f"give a tree of at most {MAX_NODES}" in models.refusal({"medusa_tree": tree})
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_the_largest_tree_is_accepted(models: Models) -> None:

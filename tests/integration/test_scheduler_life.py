@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ NODES = 3 + 6 + 6 + 6
 BLOCK_SIZE = 32
 MAX_LENGTH = 192
 MOST = 6
+PATIENCE = 120
+"""Seconds after which an engine that a failed test has left broken is given up."""
 OPTIONS: dict[str, Any] = {
     "max_model_len": MAX_LENGTH,
     "max_num_seqs": MOST,
@@ -46,7 +49,7 @@ OPTIONS: dict[str, Any] = {
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 COLOURS = ["red", "green", "blue", "crimson"]
-CODE, ANYTHING = r"[a-f]{3,9}-[0-9]{2}", r"[\s\S]{20,90}"
+CODE, SEGMENTS = r"[a-f]{3,9}-[0-9]{2}", r"([^;]{7};){9}"
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"enum": ["self", "other"]}, "size": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -127,10 +130,10 @@ def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
             StructuredOutputsParams(choice=COLOURS),
             StructuredOutputsParams(regex=CODE),
             StructuredOutputsParams(json=SCHEMA),
-            StructuredOutputsParams(regex=ANYTHING),  # Drafts are seldom valid under the others.
+            StructuredOutputsParams(regex=SEGMENTS),  # Drafts are seldom valid under the others.
         ]
         structured = [
-            SamplingParams(temperature=0, max_tokens=48, structured_outputs=grammars[index % 4]) for index in range(8)
+            SamplingParams(temperature=0, max_tokens=48, structured_outputs=grammars[index % 4]) for index in range(12)
         ]
         requests: dict[str, tuple[Sequence[Prompt], SamplingParams | Sequence[SamplingParams]]] = {
             "stop tokens": (
@@ -167,7 +170,7 @@ def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
             "one-token prompts": ([[prompt[0]] for prompt in prompts[:12]], greedy(32)),
             "to the model's length": (prompts[:8], greedy(MAX_LENGTH)),
             "with a grammar": (
-                prompts[:16],
+                prompts,
                 list(chain.from_iterable((grammar, greedy(40)) for grammar in structured)),
             ),
         }
@@ -220,7 +223,9 @@ def join(
     """Run two requests, the second from when the first has emitted something."""
     outputs: dict[str, RequestOutput] = {}
     waiting = [first, second]
+    deadline = monotonic() + PATIENCE
     while waiting or llm.llm_engine.has_unfinished_requests():
+        assert monotonic() < deadline, "the engine does not finish its requests"
         if len(waiting) == 2 or (waiting and outputs):
             name, prompt, params = waiting.pop(0)
             params = params.clone()
@@ -315,6 +320,7 @@ class TestRoomForAll:
         written = [output.outputs[0].text for output in outputs[::2]]
         assert set(written[::4]) <= set(COLOURS)
         assert all(re.fullmatch(CODE, text) for text in written[1::4])
+        assert all(";" in text for text in written[3::4])
         assert all(json.loads(text).keys() == {"name", "size"} for text in written[2::4])
 
     def test_prompts_of_one_token_give_the_stock_text(self, llm: LLM, plain: Plain) -> None:
@@ -368,7 +374,9 @@ class TestRoomForAll:
         aborted = {f"life-{index}" for index in range(0, len(plain.prompts), 3)}
         remaining, outputs, step = sorted(aborted), {}, 0
         started: set[str] = set()
+        deadline = monotonic() + PATIENCE
         while llm.llm_engine.has_unfinished_requests():
+            assert monotonic() < deadline, "the engine does not finish its requests"
             for output in llm.llm_engine.step():
                 started.add(output.request_id)
                 if output.finished:

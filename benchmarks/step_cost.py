@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vllm_medusa.demo.process import Contender, share_environment
+from vllm_medusa.demo.report import machine, versions
+
 DIRECTORY = Path("build/step_cost")
 HIDDEN, LAYERS, VOCAB, HEADS = 1024, 16, 4096, 4
 PROMPT_TOKENS, STEPS = 128, 40
-MESSAGE = "\x1e"
-"""Starts a contender's line that is meant for us, among whatever vLLM prints."""
+STOCK, TREE, TREE_AND_HEADS = "stock", "tree", "tree + heads"
+STEP, COMMIT = "step", "commit"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -48,156 +51,160 @@ class RandomDrafts:
 
 
 @app.command()
-def measure(rows: list[int] = [1, 8, 16], rounds: int = 5, output: Path | None = None) -> None:  # noqa: B006
+def measure(
+    rows: list[int] = [1, 8, 16],  # noqa: B006
+    rounds: int = 7,
+    dtype: str = "bfloat16",
+    threads: int = len(os.sched_getaffinity(0)),
+    output: Path | None = None,
+) -> None:
     """Measure step times, interleaved, and print them with their ratios."""
     prepare_models()
-    contenders = {
-        (kind, count): Contender(kind, count)
-        for count in rows
-        for kind in (("stock",) if count == 1 else ("stock", "tree", "tree + heads"))
+    share_environment()
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Where vLLM finds RandomDrafts.
+    keys = [(kind, count) for count in rows for kind in ((STOCK,) if count == 1 else (STOCK, TREE, TREE_AND_HEADS))]
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    commits: dict[int, list[float]] = {count: [] for kind, count in keys if kind == TREE}
+    with ExitStack() as stack:
+        contenders = {key: stack.enter_context(start(*key, dtype, threads)) for key in keys}
+        for contender in track(contenders.values(), "starting", console=Console(stderr=True)):
+            contender.answer()
+        for contender in contenders.values():
+            contender.ask(STEP)
+        for _ in track(range(rounds), "measuring", console=Console(stderr=True)):
+            for (kind, count), contender in contenders.items():
+                times[kind, count].append(contender.ask(STEP))
+                if kind == TREE:
+                    commits[count].append(contender.ask(COMMIT))
+    results = [summarise(kind, count, times, commits) for kind, count in keys]
+    print_table(results, rounds, dtype)
+    report = {
+        "machine": machine(),
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
+        "dtype": dtype,
+        "threads": threads,
+        "results": results,
     }
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
-    ratios: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
-    for _ in track(range(rounds), "measuring", console=Console(stderr=True)):
-        for key, contender in contenders.items():
-            times[key].append(contender.ask("step"))
-        for kind, count in contenders:
-            ratios[kind, count].append(times[kind, count][-1] / times["stock", count][-1])
-    commits = {count: contenders["tree", count].ask("commit") for kind, count in contenders if kind == "tree"}
-    for contender in contenders.values():
-        contender.close()
-
-    table = Table(title=f"ms per step, one request after {PROMPT_TOKENS} tokens, median of {rounds} rounds")
-    for column in ("rows", "contender", "ms", "against stock", "commit, share of the step"):
-        table.add_column(column)
-    results = []
-    for (kind, count), values in times.items():
-        step = statistics.median(values)
-        commit = commits[count] / step if kind == "tree" else None
-        row = {
-            "rows": count,
-            "contender": kind,
-            "milliseconds": step,
-            "ratio_to_stock": statistics.median(ratios[kind, count]),
-            "commit_share": commit,
-        }
-        results.append(row)
-        share = "" if commit is None else f"{commit:.2%}"
-        table.add_row(str(count), kind, f"{step:.1f}", f"{row['ratio_to_stock']:.3f}", share)
-    Console().print(table)
-    report = {"machine": machine(), "command": " ".join(sys.argv), "results": results}
-    Console().print_json(json.dumps({key: report[key] for key in ("machine", "command")}))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2))
+        output.write_text(json.dumps(report, indent=2) + "\n")
 
 
-class Contender:
-    """An engine in a process of its own."""
+def summarise(
+    kind: str, count: int, times: dict[tuple[str, int], list[float]], commits: dict[int, list[float]]
+) -> dict[str, Any]:
+    """Reduce a contender's rounds to medians; ratios are taken round by round."""
+    own, stock = times[kind, count], times[STOCK, count]
+    shares = [commit / step for commit, step in zip(commits[count], own, strict=True)] if kind == TREE else []
+    return {
+        "rows": count,
+        "contender": kind,
+        "milliseconds": statistics.median(own),
+        "ratio_to_stock": statistics.median(one / other for one, other in zip(own, stock, strict=True)),
+        "commit_share": statistics.median(shares) if shares else None,
+    }
 
-    def __init__(self, kind: str, rows: int) -> None:
-        environment = os.environ | {
-            "VLLM_PLUGINS": "" if kind == "stock" else "medusa",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
-        }
-        libraries = [str(path) for path in Path(sys.prefix, "lib").glob("libiomp5.so")]
-        environment["LD_PRELOAD"] = ":".join(libraries)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "serve", kind, str(rows)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+
+def print_table(results: list[dict[str, Any]], rounds: int, dtype: str) -> None:
+    """Print one line per contender."""
+    title = f"A step's time, one request after {PROMPT_TOKENS} tokens, {dtype}, median of {rounds} rounds"
+    table = Table(title=title)
+    for column in ("rows", "contender", "ms", "against stock", "commit's share"):
+        table.add_column(column, justify="right")
+    for row in results:
+        share = "" if row["commit_share"] is None else f"{row['commit_share']:.2%}"
+        table.add_row(
+            str(row["rows"]), row["contender"], f"{row['milliseconds']:.1f}", f"{row['ratio_to_stock']:.3f}", share
         )
-        self._answer()
-
-    def ask(self, question: str) -> float:
-        assert self.process.stdin is not None
-        print(question, file=self.process.stdin, flush=True)
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self) -> float:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MESSAGE):
-                return float(line[1:])
-        raise RuntimeError(f"a contender ended early: {self.process.args}")
+    Console().print(table)
 
 
-@app.command(hidden=True)
-def serve(kind: str, rows: int) -> None:
-    """Be a contender: answer ``step`` and ``commit`` with milliseconds."""
-    import torch
-    from vllm import LLM, SamplingParams
+def start(kind: str, rows: int, dtype: str, threads: int) -> Contender:
+    """Start a contender's process."""
+    plugins = {"VLLM_PLUGINS": "" if kind == STOCK else "medusa"}
+    return Contender(
+        f"{kind}, {rows} rows", serve, (kind, rows, dtype, threads), plugins, DIRECTORY / f"{kind}-{rows}.log"
+    )
 
-    options: dict[str, Any] | None = None
-    if kind == "stock" and rows > 1:
-        options = {"method": "custom_class", "model": "step_cost.RandomDrafts", "num_speculative_tokens": rows - 1}
-    elif kind != "stock":
-        options = {"method": "medusa", "model": str(DIRECTORY / "heads"), "num_speculative_tokens": rows - 1}
-        if kind == "tree":
-            from vllm_medusa.proposer import MedusaProposer
 
-            MedusaProposer.propose = lambda _, hidden: torch.randint(VOCAB, (len(hidden), rows - 1))
+def serve(connection: Connection, kind: str, rows: int, dtype: str, threads: int) -> None:
+    """Be a contender: answer ``STEP`` and ``COMMIT`` with milliseconds."""
+    from torch import set_num_threads
+    from vllm import LLM
+
+    set_num_threads(threads)
     llm = LLM(
         str(DIRECTORY / "target"),
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=1024,
         kv_cache_memory_bytes=1 << 28,
-        speculative_config=options,
+        speculative_config=speculation(kind, rows),
         max_num_seqs=4,
     )
+    measures = {STEP: step_milliseconds, COMMIT: commit_milliseconds}
+    connection.send(None)
+    while True:
+        connection.send(measures[connection.recv()](llm, rows))
+
+
+def speculation(kind: str, rows: int) -> dict[str, Any] | None:
+    """Return a contender's ``speculative_config``; ours draft at random too, unless their heads are measured."""
+    import torch
+
+    if rows == 1:
+        return None
+    if kind == STOCK:
+        return {"method": "custom_class", "model": "step_cost.RandomDrafts", "num_speculative_tokens": rows - 1}
+    if kind == TREE:
+        from vllm_medusa.proposer import MedusaProposer
+
+        MedusaProposer.propose = lambda _, hidden: torch.randint(VOCAB, (len(hidden), rows - 1))
+    return {"method": "medusa", "model": str(DIRECTORY / "heads"), "num_speculative_tokens": rows - 1}
+
+
+def step_milliseconds(llm: Any, _rows: int) -> float:
+    """Decode one prompt; return the median time of its decode steps."""
+    from vllm import SamplingParams
+
     engine = llm.llm_engine
-    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    prompt = {"prompt_token_ids": [random.randrange(VOCAB) for _ in range(PROMPT_TOKENS)]}
+    parameters = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
+    engine.add_request(str(time.monotonic_ns()), prompt, parameters)
+    times = []
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]) * 1e3
 
-    def steps() -> float:
-        prompt = {"prompt_token_ids": [random.randrange(VOCAB) for _ in range(PROMPT_TOKENS)]}
-        parameters = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
-        engine.add_request(str(time.monotonic_ns()), prompt, parameters)
-        times = []
-        while engine.has_unfinished_requests():
-            start = time.perf_counter()
-            engine.step()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[2:]) * 1e3
 
-    def commit() -> float:
-        from vllm_medusa.acceptance.exact import Walk
-        from vllm_medusa.runner.step import plan_step
+def commit_milliseconds(llm: Any, rows: int) -> float:
+    """Return the median time of moving an accepted branch of four rows, as far apart as the tree has them."""
+    import torch
 
-        plan = plan_step(
-            runner._table,
-            kind=torch.tensor([1]),
-            num_drafts=torch.tensor([rows - 1]),
-            token=torch.arange(rows),
-            token_ids=torch.zeros(rows, dtype=torch.long),
-            seq_lens=torch.tensor([PROMPT_TOKENS + rows]),
-        )
-        accepted = Walk(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 2, 4, rows - 1]]))
-        slots = [table.slot_mapping.gpu for table in runner.input_batch.block_table.block_tables]
-        times = []
-        for _ in range(50):
-            start = time.perf_counter()
-            runner._commit(plan, accepted, slots)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) * 1e3
+    from vllm_medusa.acceptance.exact import Walk
+    from vllm_medusa.runner.step import plan_step
 
-    steps()
-    print(f"{MESSAGE}0", flush=True)
-    for line in sys.stdin:
-        print(f"{MESSAGE}{steps() if line.strip() == 'step' else commit()}", flush=True)
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    plan = plan_step(
+        runner._table,
+        kind=torch.tensor([1]),
+        num_drafts=torch.tensor([rows - 1]),
+        token=torch.arange(rows),
+        token_ids=torch.zeros(rows, dtype=torch.long),
+        seq_lens=torch.tensor([PROMPT_TOKENS + rows]),
+    )
+    accepted = Walk(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 2, 4, rows - 1]]))
+    slots = [table.slot_mapping.gpu for table in runner.input_batch.block_table.block_tables]
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        runner._commit(plan, accepted, slots)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
 
 
 def prepare_models() -> None:
@@ -228,21 +235,6 @@ def prepare_models() -> None:
     (DIRECTORY / "heads" / "config.json").write_text(
         json.dumps({"hidden_size": HIDDEN, "vocab_size": VOCAB, "num_heads": HEADS, "num_hidden_layers": 1})
     )
-
-
-def machine() -> dict[str, Any]:
-    """Say what this ran on."""
-    import torch
-
-    from vllm_medusa.compat import vllm_version
-
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "vllm": str(vllm_version()),
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

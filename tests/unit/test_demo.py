@@ -7,8 +7,9 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from vllm_medusa.cli import app
-from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, Comparison, Decoded, Models, Run
+from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, Comparison, Models, Run
 from vllm_medusa.demo.corpus import load_corpus, strip_prose
+from vllm_medusa.demo.engine import Decoded, Order
 from vllm_medusa.demo.muon import orthogonalise
 from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
 from vllm_medusa.demo.report import summarise, write_results
@@ -123,7 +124,7 @@ def test_padded_heads_predict_the_same():
 
 def test_each_contender_gets_the_engine_it_stands_for(tmp_path):
     models = Models(tmp_path / "target", tmp_path / "heads")
-    comparison = Comparison(models, models, 4, {TREE: [[0], [1], [0, 0]]}, [[1]], [[2]])
+    comparison = Comparison(models, models, "float32", 4, {TREE: [[0], [1], [0, 0]]}, Order([[1]], 8), [])
     configs = {name: comparison.speculative_config(name, models.heads) for name in (PLAIN, NATIVE_CHAIN, TREE)}
     heads = str(tmp_path / "heads")
     assert configs == {
@@ -140,10 +141,10 @@ def test_each_contender_gets_the_engine_it_stands_for(tmp_path):
 
 def test_results_say_what_was_measured(tmp_path):
     plain_text, other = [1, 2, 3, 4, 5], [1, 2, 3, 4, 9]
-    plain = Run(Decoded([plain_text] * 2, 8.0, 0, 0), [[Decoded([plain_text], seconds, 0, 0)] for seconds in (4, 2, 1)])
+    plain = Run(Decoded([plain_text] * 2, 8.0, 0, 0), [Decoded([plain_text], seconds, 0, 0) for seconds in (4, 2, 1)])
     fast = Run(
         Decoded([plain_text, other], 4.0, drafts=4, accepted=6),
-        [[Decoded([text], seconds, 2, 3)] for text, seconds in ((plain_text, 2), (other, 0.5), (plain_text, 1))],
+        [Decoded([text], seconds, 2, 3) for text, seconds in ((plain_text, 2), (other, 0.5), (plain_text, 1))],
     )
     summary = summarise({PLAIN: plain, TREE: fast}, {PLAIN: 0, TREE: 7})
     assert summary[PLAIN]["tokens_per_second"] == 2
@@ -153,7 +154,7 @@ def test_results_say_what_was_measured(tmp_path):
     assert summary[TREE]["tokens_per_step"] == 2.5
     assert summary[TREE]["speedup"] == 2
     assert (summary[TREE]["identical_texts"], summary[TREE]["texts"]) == (1, 2)
-    assert summary[TREE]["identical_share_bf16"] == pytest.approx(2 / 3)
+    assert summary[TREE]["identical_share_timed"] == pytest.approx(2 / 3)
 
     write_results(tmp_path / "results.json", summary, {"rounds": 3})
     results = json.loads((tmp_path / "results.json").read_text())

@@ -10,8 +10,7 @@ import typer
 
 def demo(
     directory: Annotated[Path, typer.Option(help="Where models and results are kept.")] = Path("build/demo"),
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which the contenders take turns.")] = 4,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts per contender and round.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Prompts on which the contenders take turns.")] = 6,
 ) -> None:
     """Train a small model and its heads on this machine, then race stock vLLM against draft trees.
 
@@ -19,4 +18,4 @@ def demo(
     """
     from vllm_medusa.demo.run import run_demo
 
-    run_demo(directory, rounds, prompts)
+    run_demo(directory, rounds)

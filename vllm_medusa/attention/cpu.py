@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.utils.math_utils import cdiv
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -47,52 +47,59 @@ def tree_attention_selected() -> Iterator[None]:
 class TreeCPUAttentionMetadata:
     """What a step with branching trees needs.
 
+    A tree's keys are those of its context and of its rows, in the order of their slots; trees of fewer keys than the
+    largest repeat their first one, unseen.
+
     Attributes:
         trees: the branching trees.
-        blocks: ``[trees, blocks]``, int64: the cache blocks that hold each tree's context.
-        block_size: tokens per block.
-        native_tokens: ``[native]``, int64: indices of all other tokens.
+        block: ``[trees, keys]``, int64: the cache block of each key.
+        offset: ``[trees, keys]``, int64: its place in the block.
+        native_tokens: ``[native]``, int64: indices of the tokens of all other requests.
         native: vLLM's metadata for them; None if there are none.
 
     """
 
     trees: TreeQueries
-    blocks: torch.Tensor
-    block_size: int
+    block: torch.Tensor
+    offset: torch.Tensor
     native_tokens: torch.Tensor
     native: CPUAttentionMetadata | None
 
     @cached_property
-    def key_position(self) -> torch.Tensor:
-        """``[blocks, block_size]``, int64: positions of the context's keys."""
-        return torch.arange(self.blocks.shape[1] * self.block_size).view(-1, self.block_size)
+    def distance(self) -> torch.Tensor:
+        """``[trees, rows, keys]``, int64: each key's position less the row's own; never positive for a visible key."""
+        own = self.trees.context[:, None] + self.trees.depth
+        row, is_row = self._row
+        slot = torch.arange(row.shape[1])
+        return torch.where(is_row, own.gather(1, row), slot)[:, None] - own[:, :, None]
 
-    @cached_property
-    def query_position(self) -> torch.Tensor:
-        """``[trees, rows]``, int64: positions of the trees' rows."""
-        return self.trees.context[:, None] + self.trees.depth
-
-    def biases(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what is added to the scores, 0 or -inf, for a sliding window of that many positions (-1: none).
+    def bias(self, window: int) -> torch.Tensor:
+        """Return what is added to the scores for a sliding window of that many positions (-1: none).
 
         Returns:
-            ``[trees, blocks, 1, 1, rows or 1, block_size]`` for the context and ``[trees, 1, 1, rows, rows]`` among the
-            trees' rows, float32. They are computed once a step for each window.
+            ``[trees, 1, rows, keys]``, float32, 0 or -inf; computed once a step for each window.
 
         """
         if window not in self._biases:
-            context = self.trees.context
-            visible = (self.key_position < context[:, None, None])[:, :, None]  # [trees, blocks, 1, block_size]
-            among = self.trees.ancestors
+            row, is_row = self._row
+            slot = torch.arange(row.shape[1])
+            ancestors = self.trees.ancestors
+            visible = ancestors.gather(2, row[:, None].expand(-1, ancestors.shape[1], -1)) & is_row[:, None]
+            visible |= (slot < self.trees.context[:, None])[:, None]
             if window > 0:
-                oldest = self.query_position - window  # positions up to this one are out of sight
-                visible = visible & (self.key_position[None, :, None] > oldest[:, None, :, None])
-                among = among & (self.query_position[:, None, :] > oldest[:, :, None])
-            self._biases[window] = (_bias(visible)[:, :, None, None], _bias(among)[:, None, None])
+                visible &= self.distance > -window
+            self._biases[window] = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, None]
         return self._biases[window]
 
     @cached_property
-    def _biases(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    def _row(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[trees, keys]`` twice: which of the tree's rows a key is, and whether it is one at all."""
+        rows = self.trees.depth.shape[1]
+        row = torch.arange(self.block.shape[1]) - self.trees.context[:, None]
+        return row.clamp(0, rows - 1), (row >= 0) & (row < rows)
+
+    @cached_property
+    def _biases(self) -> dict[int, torch.Tensor]:
         return {}
 
 
@@ -121,12 +128,13 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
         is_native = torch.ones(common.num_reqs, dtype=torch.bool)
         is_native[trees.request] = False
         native_common, native_tokens = _select(common, is_native.nonzero().flatten())
-        # At least one: a prompt of a single token has no context, yet the scheduler may pad it with drafts.
-        num_blocks = max(1, cdiv(int(trees.context.max()), self.block_size))
+        num_keys = trees.context + trees.ancestors.any(dim=1).sum(dim=1)
+        slot = torch.arange(int(num_keys.max())).expand(len(num_keys), -1)
+        slot = slot * (slot < num_keys[:, None])
         return TreeCPUAttentionMetadata(
             trees=trees,
-            blocks=common.block_table_tensor[trees.request, :num_blocks].long(),
-            block_size=self.block_size,
+            block=common.block_table_tensor[trees.request].long().gather(1, slot // self.block_size),
+            offset=slot % self.block_size,
             native_tokens=native_tokens,
             native=super().build(common_prefix_len, native_common, fast_build) if len(native_tokens) else None,
         )
@@ -158,57 +166,41 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             super().forward(layer, native_query, key, value, kv_cache, attn_metadata.native, native_output)
             output[attn_metadata.native_tokens] = native_output
         token = attn_metadata.trees.token
-        attended = self._attend(query[token], key[token], value[token], kv_cache, attn_metadata)
+        attended = self._attend(query[token], kv_cache, attn_metadata)
         output[token.flatten()] = attended.flatten(0, 1).to(output.dtype)
         return output
 
     def _attend(
         self,
         query: torch.Tensor,  # [trees, rows, heads, head_dim]
-        key: torch.Tensor,  # [trees, rows, kv_heads, head_dim]
-        value: torch.Tensor,  # [trees, rows, kv_heads, head_dim]
         kv_cache: torch.Tensor,
         metadata: TreeCPUAttentionMetadata,
     ) -> torch.Tensor:  # [trees, rows, heads, head_dim], float32
-        """Softmax over two parts, the context in its blocks and the tree's own rows, without copying them together."""
-        trees, rows, _, head_dim = query.shape
-        kv_heads, group = self.num_kv_heads, self.num_queries_per_kv
-        keys, values = _views(kv_cache)
-        context_keys, context_values = keys[metadata.blocks].float(), values[metadata.blocks].float()
-        # The query heads of a KV head are stacked on top of each other, so that one product serves the group.
-        packed = query.view(trees, rows, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-        packed = packed.reshape(trees, kv_heads, group * rows, head_dim).float() * self.scale
-        key, value = key.permute(0, 2, 3, 1).float(), value.transpose(1, 2).float()
-
-        context_bias, tree_bias = metadata.biases(self.sliding_window)
-        context_scores = packed[:, None] @ context_keys  # [trees, blocks, kv_heads, group * rows, block_size]
-        tree_scores = packed @ key  # [trees, kv_heads, group * rows, rows]
-        if self.logits_soft_cap:
-            context_scores = (context_scores / self.logits_soft_cap).tanh_().mul_(self.logits_soft_cap)
-            tree_scores = (tree_scores / self.logits_soft_cap).tanh_().mul_(self.logits_soft_cap)
-        by_head = context_scores.unflatten(3, (group, rows))
-        by_head += context_bias
-        among = tree_scores.unflatten(2, (group, rows))
-        among += tree_bias
+        """Attend to what the cache holds, the trees' own rows included: vLLM has written them before."""
+        key, value = (each.float() for each in _gather(kv_cache, metadata.block, metadata.offset))
+        bias = metadata.bias(self.sliding_window)
         if self.alibi_slopes is not None:
-            slopes = self.alibi_slopes.view(kv_heads, group, 1, 1)
-            position = metadata.query_position
-            distance = metadata.key_position[None, :, None] - position[:, None, :, None]
-            by_head += slopes * distance[:, :, None, None]
-            among += slopes * (position[:, None, :] - position[:, :, None])[:, None, None]
+            bias = bias + self.alibi_slopes[:, None, None] * metadata.distance[:, None]
+        if self.sinks is not None:
+            key, value, bias = self._with_sinks(key, value, bias)
+        query = query.transpose(1, 2).float()
+        if not self.logits_soft_cap:
+            attended = scaled_dot_product_attention(query, key, value, bias, scale=self.scale, enable_gqa=True)
+        else:
+            key, value = (each.repeat_interleave(self.num_queries_per_kv, dim=1) for each in (key, value))
+            scores = (query @ key.mT).mul_(self.scale / self.logits_soft_cap).tanh_().mul_(self.logits_soft_cap)
+            attended = (scores + bias).softmax(dim=-1) @ value
+        return attended.transpose(1, 2)
 
-        peak = torch.maximum(context_scores.amax(dim=(1, 4)), tree_scores.amax(dim=-1))
-        if self.sinks is not None:
-            sinks = self.sinks.float().view(kv_heads, group, 1).expand(-1, -1, rows).reshape(kv_heads, -1)
-            peak = torch.maximum(peak, sinks)
-        context_weights = (context_scores - peak[:, None, :, :, None]).exp_()
-        tree_weights = (tree_scores - peak[..., None]).exp_()
-        total = context_weights.sum(dim=(1, 4)) + tree_weights.sum(dim=-1)
-        if self.sinks is not None:
-            total += (sinks - peak).exp_()
-        attended = (context_weights @ context_values).sum(dim=1) + tree_weights @ value
-        attended /= total[..., None]
-        return attended.view(trees, kv_heads, group, rows, head_dim).permute(0, 3, 1, 2, 4).reshape(query.shape)
+    def _with_sinks(
+        self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Append each head's sink: a key whose score is the sink whatever the query, and whose value is zero."""
+        assert self.sinks is not None
+        trees, _, rows, _ = bias.shape
+        sinks = self.sinks.float()[:, None, None].expand(trees, -1, rows, 1)
+        bias = torch.cat([bias.expand(-1, sinks.shape[1], -1, -1), sinks], dim=-1)
+        return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), bias
 
     def move_kv(
         self,
@@ -237,16 +229,27 @@ class TreeCPUAttentionBackend(CPUAttentionBackend):
         return TreeCPUAttentionMetadataBuilder
 
 
-def _bias(visible: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
-
-
 def _views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """View a cache as keys, head_dim before block_size, and values: ``[blocks, kv_heads, block_size, head_dim]``."""
     num_blocks, kv_heads, block_size, _ = kv_cache.shape
     keys, values = kv_cache.view(num_blocks, kv_heads, 2 * block_size, -1).chunk(2, dim=2)
     keys = keys.flatten(2).unflatten(2, (-1, block_size))
     return keys, values
+
+
+def _gather(
+    kv_cache: torch.Tensor,
+    block: torch.Tensor,  # [trees, keys], int64
+    offset: torch.Tensor,  # [trees, keys], int64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy keys and values out of a cache, ``[trees, kv_heads, keys, head_dim]`` each."""
+    _, kv_heads, block_size, _ = kv_cache.shape
+    keys, values = _views(kv_cache)
+    head = torch.arange(kv_heads)[:, None]
+    block, offset = block[:, None], offset[:, None]
+    # Values are rows of memory, and several times faster to gather as such.
+    row = ((block * kv_heads + head) * 2 + 1) * block_size + offset
+    return keys.mT[block, head, offset], embedding(row, kv_cache.view(-1, values.shape[-1]))
 
 
 def _select(

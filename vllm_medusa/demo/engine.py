@@ -94,9 +94,9 @@ def serve(connection: Connection, exact: Engine, exact_order: Order, timed: Engi
     del llm
     gc.collect()
 
+    set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for so many.
     llm = timed.open()
     connection.send(None)
-    set_num_threads(threads)
     warm_up = connection.recv()
     decode(llm, Order(warm_up.prompts, WARM_UP_TOKENS))
     connection.send(None)

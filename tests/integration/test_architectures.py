@@ -260,6 +260,9 @@ def test_a_quantised_cache_refuses_a_branching_tree_and_says_what_to_give(models
     assert "\n" not in message
 
 
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_f"), reason="vLLM itself refuses an fp8 cache on CPUs without AVX-512"
+)
 def test_a_quantised_cache_serves_a_chain_as_stock_vllm_does(models: Models) -> None:
     target, heads = models("llama")
     options = OPTIONS | {"kv_cache_dtype": "fp8"}

@@ -91,6 +91,18 @@ class TreeCPUAttentionMetadata:
             self._biases[window] = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, None]
         return self._biases[window]
 
+    def value_rows(self, kv_heads: int, block_size: int) -> torch.Tensor:
+        """``[trees, kv_heads, keys]``, int64: which row of ``head_dim`` numbers each value is."""
+        shape = (kv_heads, block_size)
+        if shape not in self._value_rows:
+            region = self.block[:, None] * kv_heads + torch.arange(kv_heads)[:, None]
+            self._value_rows[shape] = (region * 2 + 1) * block_size + self.offset[:, None]
+        return self._value_rows[shape]
+
+    @cached_property
+    def _value_rows(self) -> dict[tuple[int, int], torch.Tensor]:
+        return {}
+
     @cached_property
     def _row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``[trees, keys]`` twice: which of the tree's rows a key is, and whether it is one at all."""
@@ -177,7 +189,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         metadata: TreeCPUAttentionMetadata,
     ) -> torch.Tensor:  # [trees, rows, heads, head_dim], float32
         """Attend to what the cache holds, the trees' own rows included: vLLM has written them before."""
-        key, value = (each.float() for each in _gather(kv_cache, metadata.block, metadata.offset))
+        key, value = (each.float() for each in _gather(kv_cache, metadata))
         bias = metadata.bias(self.sliding_window)
         if self.alibi_slopes is not None:
             bias = bias + self.alibi_slopes[:, None, None] * metadata.distance[:, None]
@@ -237,19 +249,13 @@ def _views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
-def _gather(
-    kv_cache: torch.Tensor,
-    block: torch.Tensor,  # [trees, keys], int64
-    offset: torch.Tensor,  # [trees, keys], int64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy keys and values out of a cache, ``[trees, kv_heads, keys, head_dim]`` each."""
+def _gather(kv_cache: torch.Tensor, metadata: TreeCPUAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy a step's keys and values out of a cache, ``[trees, kv_heads, keys, head_dim]`` each."""
     _, kv_heads, block_size, _ = kv_cache.shape
     keys, values = _views(kv_cache)
-    head = torch.arange(kv_heads)[:, None]
-    block, offset = block[:, None], offset[:, None]
+    key = keys.mT[metadata.block[:, None], torch.arange(kv_heads)[:, None], metadata.offset[:, None]]
     # Values are rows of memory, and several times faster to gather as such.
-    row = ((block * kv_heads + head) * 2 + 1) * block_size + offset
-    return keys.mT[block, head, offset], embedding(row, kv_cache.view(-1, values.shape[-1]))
+    return key, embedding(metadata.value_rows(kv_heads, block_size), kv_cache.view(-1, values.shape[-1]))
 
 
 def _select(

@@ -50,7 +50,7 @@ class DemoSettings:
 
     characters: int = 4_000_000
     target: TargetConfig = field(default_factory=TargetConfig)
-    heads: Medusa1Config = field(default_factory=lambda: Medusa1Config(prompt_length=32, steps=100, learning_rate=3e-3))
+    heads: Medusa1Config = field(default_factory=lambda: Medusa1Config(prompt_length=32, steps=200, learning_rate=3e-3))
     own_texts: int = 768
     own_text_length: int = 192
     held_out_texts: int = 64

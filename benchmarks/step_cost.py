@@ -25,6 +25,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+# vLLM's CPU worker replaces torch.set_num_threads by a warning.
+from torch import set_num_threads
+
+from vllm_medusa.demo.engine import Engine
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import machine, versions
 
@@ -130,20 +134,8 @@ def start(kind: str, rows: int, dtype: str, threads: int) -> Contender:
 
 def serve(connection: Connection, kind: str, rows: int, dtype: str, threads: int) -> None:
     """Be a contender: answer ``STEP`` and ``COMMIT`` with milliseconds."""
-    from torch import set_num_threads
-    from vllm import LLM
-
     set_num_threads(threads)
-    llm = LLM(
-        str(DIRECTORY / "target"),
-        skip_tokenizer_init=True,
-        dtype=dtype,
-        enforce_eager=True,
-        max_model_len=1024,
-        kv_cache_memory_bytes=1 << 28,
-        speculative_config=speculation(kind, rows),
-        max_num_seqs=4,
-    )
+    llm = Engine(str(DIRECTORY / "target"), dtype, speculation(kind, rows)).open()
     measures = {STEP: step_milliseconds, COMMIT: commit_milliseconds}
     connection.send(None)
     while True:

@@ -70,8 +70,7 @@ class TreeCPUAttentionMetadata:
         """``[trees, rows, keys]``, int64: each key's position less the row's own; never positive for a visible key."""
         own = self.trees.context[:, None] + self.trees.depth
         row, is_row = self._row
-        slot = torch.arange(row.shape[1])
-        return torch.where(is_row, own.gather(1, row), slot)[:, None] - own[:, :, None]
+        return torch.where(is_row, own.gather(1, row), self._slot)[:, None] - own[:, :, None]
 
     def bias(self, window: int) -> torch.Tensor:
         """Return what is added to the scores for a sliding window of that many positions (-1: none).
@@ -82,10 +81,9 @@ class TreeCPUAttentionMetadata:
         """
         if window not in self._biases:
             row, is_row = self._row
-            slot = torch.arange(row.shape[1])
             ancestors = self.trees.ancestors
             visible = ancestors.gather(2, row[:, None].expand(-1, ancestors.shape[1], -1)) & is_row[:, None]
-            visible |= (slot < self.trees.context[:, None])[:, None]
+            visible |= (self._slot < self.trees.context[:, None])[:, None]
             if window > 0:
                 visible &= self.distance > -window
             self._biases[window] = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, None]
@@ -104,10 +102,15 @@ class TreeCPUAttentionMetadata:
         return {}
 
     @cached_property
+    def _slot(self) -> torch.Tensor:
+        """``[keys]``, int64: the place of each key among its request's slots."""
+        return torch.arange(self.block.shape[1])
+
+    @cached_property
     def _row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``[trees, keys]`` twice: which of the tree's rows a key is, and whether it is one at all."""
         rows = self.trees.depth.shape[1]
-        row = torch.arange(self.block.shape[1]) - self.trees.context[:, None]
+        row = self._slot - self.trees.context[:, None]
         return row.clamp(0, rows - 1), (row >= 0) & (row < rows)
 
     @cached_property

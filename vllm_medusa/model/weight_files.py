@@ -1,0 +1,137 @@
+"""A checkpoint's weights, file by file, so that a model need not fit into memory to be taken apart."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+ORIGINAL_FILE = "medusa_lm_head.pt"
+"""Where the original repository keeps its heads."""
+
+HEADS_FILES = ("medusa_lm_head.safetensors", ORIGINAL_FILE)
+"""Files with nothing but heads; text-generation-inference and LoRAX read the first."""
+
+INDEXED = {SAFE_WEIGHTS_NAME: SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME: WEIGHTS_INDEX_NAME}
+"""A model's one file, and the index that takes its place where there are several."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of tensors: safetensors, or a pickle that is read as data only.
+
+    Raises:
+        ValueError: the file is damaged, or holds something other than named tensors.
+        OSError: the file cannot be read.
+
+    """
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Return the tensors' names."""
+        try:
+            if self._is_safetensors:
+                with safe_open(self.path, framework="pt") as stored:
+                    return list(stored.keys())
+            return list(self._unpickled())
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is not a readable safetensors file: {error}; fetch it again") from None
+
+    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return some of the tensors, on the CPU, no two in the same memory."""
+        if self._is_safetensors:
+            with safe_open(self.path, framework="pt") as stored:
+                return {name: stored.get_tensor(name) for name in names}
+        unpickled = self._unpickled()
+        # The original code gives all layers of a head one module, so its files hold a tensor under several names.
+        return {name: unpickled[name].clone() for name in names}
+
+    @property
+    def _is_safetensors(self) -> bool:
+        return self.path.suffix == ".safetensors"
+
+    def _unpickled(self) -> dict[str, torch.Tensor]:
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.path} is not a readable file of tensors ({str(error).splitlines()[0]}); fetch it again, "
+                "or save its state_dict alone"
+            ) from None
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{self.path} holds a {type(content).__name__}, not a state_dict; save the state_dict alone"
+            )
+        for name, value in content.items():
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"{self.path} holds a {type(value).__name__} under {name!r}, not a tensor; "
+                    "save the state_dict alone"
+                )
+        return content
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a checkpoint.
+
+    Attributes:
+        names: each file's tensors.
+
+    """
+
+    names: dict[WeightFile, list[str]]
+
+    @classmethod
+    def find(cls, directory: Path) -> Weights:
+        """List the weights of a directory; heads alone are preferred to a model, safetensors to pickles.
+
+        Raises:
+            ValueError: there are none, or a file is damaged.
+            OSError: a file cannot be read.
+
+        """
+        return cls({file: file.names() for file in map(WeightFile, _paths(directory))})
+
+    def __iter__(self) -> Iterator[str]:
+        for names in self.names.values():
+            yield from names
+
+    def load(self, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return some of the tensors, whichever files they are in."""
+        chosen = set(wanted)
+        loaded: dict[str, torch.Tensor] = {}
+        for file, names in self.names.items():
+            loaded |= file.load(name for name in names if name in chosen)
+        return loaded
+
+
+def _paths(directory: Path) -> list[Path]:
+    for name in HEADS_FILES:
+        if (directory / name).exists():
+            return [directory / name]
+    for name, index in INDEXED.items():
+        if (directory / index).exists():
+            return [directory / file for file in sorted(set(_weight_map(directory / index).values()))]
+        if (directory / name).exists():
+            return [directory / name]
+    found = sorted(path.name for path in directory.iterdir())
+    raise ValueError(
+        f"{directory} holds no weights that are known here; it needs one of {', '.join((*HEADS_FILES, *INDEXED))} "
+        f"(or an index of the last two), it has {', '.join(found[:5]) or 'nothing'}"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is no index of weights: it must be JSON with a weight_map; fetch it again") from None

@@ -25,9 +25,8 @@ from tests.unit.published import (
     write_target,
 )
 from tests.unit.strategies import deterministic
-from vllm_medusa.model import conversion
 from vllm_medusa.model.checkpoint import HeadsSpec, read_spec, read_state, write_heads
-from vllm_medusa.model.conversion import Layout, convert, local_directory
+from vllm_medusa.model.conversion import Layout, convert
 from vllm_medusa.model.conversion import write_target as write_target_of
 from vllm_medusa.model.weight_files import WeightFile, Weights
 from vllm_medusa.training.heads import MedusaHeads
@@ -344,20 +343,3 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, layout: Layout) -> No
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
-
-
-def test_a_name_that_is_no_directory_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "snapshot_download", lambda name: str(tmp_path / name))
-    assert local_directory("some/heads") == tmp_path / "some/heads"
-    assert local_directory(str(tmp_path)) == tmp_path
-
-
-def test_a_name_that_cannot_be_fetched_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file is a file; give the directory"):
-        local_directory(str(tmp_path / "file"))
-    with pytest.raises(
-        ValueError, match=r"no/heads is neither a directory nor a repository that can be fetched \("
-    ) as error:
-        local_directory("no/heads")
-    assert "\n" not in str(error.value)

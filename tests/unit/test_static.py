@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from tests.unit.strategies import deterministic
 from vllm_medusa.tree.static import (
     StaticTree,
+    available_nodes,
     best_first,
     cartesian,
     chain,
+    expected_acceptance_length,
     from_choices,
+    path_probabilities,
     validate_depth,
 )
 from vllm_medusa.tree.topology import DraftTree
@@ -121,6 +124,23 @@ def test_a_prefix_of_best_first_is_the_smaller_best_first(table: torch.Tensor, d
     nodes = data.draw(st.integers(1, len(all_paths(*table.shape))))
     fewer = data.draw(st.integers(1, nodes))
     assert best_first(table, nodes).prefix(fewer + 1).choices == best_first(table, fewer).choices
+
+
+@deterministic
+@given(accuracies(), st.data())
+def test_a_node_is_accepted_with_the_product_of_its_paths_accuracies(table: torch.Tensor, data: st.DataObject) -> None:
+    nodes = data.draw(st.integers(1, available_nodes(*table.shape)))
+    tree = best_first(table, nodes)
+    expected = [path_product(path, table.tolist()) for path in tree.choices]
+    assert path_probabilities(tree, table) == expected
+    assert expected_acceptance_length(tree, table) == pytest.approx(1 + sum(expected))
+
+
+def test_the_expected_acceptance_length_is_that_of_independent_heads() -> None:
+    """Each outcome's tokens, weighted: head 1 right with its first or second token, head 2 below the first."""
+    table = torch.tensor([[0.5, 0.25], [0.5, 0.0]], dtype=torch.float64)
+    tree = from_choices([[0], [1], [0, 0]])
+    assert expected_acceptance_length(tree, table) == 0.25 * 1 + 0.25 * 2 + 0.25 * 2 + 0.25 * 3
 
 
 def test_best_first_goes_as_deep_as_the_accuracies_are_worth() -> None:

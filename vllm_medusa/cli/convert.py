@@ -31,8 +31,9 @@ def convert(
     A Medusa-2 checkpoint, heads within a whole model, becomes OUTPUT/heads and OUTPUT/target.
     """
     with one_line_errors():
-        from vllm_medusa.model.conversion import Layout, local_directory
+        from vllm_medusa.model.conversion import Layout
         from vllm_medusa.model.conversion import convert as convert_checkpoint
+        from vllm_medusa.model.hub import local_directory
 
         done = convert_checkpoint(
             local_directory(source), output, Layout(to), None if target is None else local_directory(target)

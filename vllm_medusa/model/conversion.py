@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -93,25 +92,6 @@ def convert(source: Path, output: Path, layout: Layout, target: Path | None = No
         spec=heads.spec,
         dtype=heads.state["blocks.0.layers.0.weight"].dtype,
     )
-
-
-def local_directory(name: str) -> Path:
-    """Return a directory as it is, and anything else fetched from the Hugging Face Hub.
-
-    Raises:
-        ValueError: there is no such directory, and no such repository that can be reached.
-
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{name} is a file; give the directory that holds it and its {CONFIG_FILE}")
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is neither a directory nor a repository that can be fetched ({reason})") from None
 
 
 def write_target(source: Path, weights: Weights, config: Mapping[str, Any], directory: Path) -> None:

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
+from math import prod
 from operator import mul
 
 import torch
@@ -160,7 +161,7 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
             f"got {accuracies.tolist()}; calibrate the heads again"
         )
     heads, ranks = accuracies.shape
-    available = sum(ranks**depth for depth in range(1, heads + 1))
+    available = available_nodes(heads, ranks)
     if not 1 <= nodes <= available:
         raise ValueError(
             f"medusa_tree: {heads} heads of {ranks} calibrated ranks give trees of 1 to {available} nodes, "
@@ -177,6 +178,31 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
             for rank, accuracy in enumerate(rows[depth]):
                 heapq.heappush(frontier, (negated * accuracy, depth + 1, (*path, rank)))
     return _from_paths(paths[1:])
+
+
+def available_nodes(heads: int, ranks: int) -> int:
+    """Return how many nodes the largest tree has that ``ranks`` tokens of each head give."""
+    return sum(ranks**depth for depth in range(1, heads + 1))
+
+
+def path_probabilities(tree: StaticTree, accuracies: torch.Tensor) -> list[float]:
+    """Return each drafted node's probability of being accepted: the product of the accuracies along its path.
+
+    Args:
+        tree: the tree.
+        accuracies: ``[heads, ranks]``, as ``best_first`` takes them; heads are taken as independent of each other.
+
+    Returns:
+        As many as there are drafted rows, in row order.
+
+    """
+    rows: list[list[float]] = accuracies.tolist()
+    return [prod(rows[depth][rank] for depth, rank in enumerate(path)) for path in tree.choices]
+
+
+def expected_acceptance_length(tree: StaticTree, accuracies: torch.Tensor) -> float:
+    """Return the tokens that a step emits on average, ``1 + sum over nodes of their probability`` (section 2.3.3)."""
+    return 1 + sum(path_probabilities(tree, accuracies))
 
 
 def validate_depth(tree: StaticTree, num_heads: int) -> None:

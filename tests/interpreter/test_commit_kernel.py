@@ -1,0 +1,108 @@
+"""The KV commit in one launch against the moves that the step asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.strategies import TokenTree, batch_of, deterministic, trees
+from vllm_medusa.runner.commit_kernel import CacheTable, move_accepted
+from vllm_medusa.runner.step import kv_moves
+from vllm_medusa.tree.topology import DraftTree
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A tree and the row at which its request stopped."""
+
+    tree: DraftTree
+    last_row: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a slot, and which of its sizes comes first in memory."""
+
+    kv_heads: int
+    content: int
+    block_size: int
+    dtype: torch.dtype
+    heads_first: bool
+
+    def cache(self, blocks: int, generator: torch.Generator) -> torch.Tensor:
+        """``[blocks, block_size, kv_heads, content]``, random bytes."""
+        sizes = (self.kv_heads, self.block_size) if self.heads_first else (self.block_size, self.kv_heads)
+        shape = (blocks, *sizes, self.content * self.dtype.itemsize)
+        cache = torch.randint(256, shape, generator=generator, dtype=torch.uint8).view(self.dtype)
+        return cache.transpose(1, 2) if self.heads_first else cache
+
+
+@st.composite
+def accepted(draw: st.DrawFn) -> Accepted:
+    tree = draw(trees(max_rows=24))
+    return Accepted(tree, draw(st.integers(0, len(tree) - 1)))
+
+
+layouts = st.builds(
+    Layout,
+    kv_heads=st.integers(1, 3),
+    content=st.sampled_from([16, 32, 84, 7]),
+    block_size=st.sampled_from([4, 16]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float8_e4m3fn]),
+    heads_first=st.booleans(),
+)
+
+
+def raw(cache: torch.Tensor) -> torch.Tensor:
+    return cache.contiguous().view(torch.uint8)
+
+
+@settings(deterministic, max_examples=60)
+@given(st.lists(accepted(), min_size=1, max_size=4), st.lists(layouts, min_size=1, max_size=2), st.integers(0, 99))
+def test_accepted_rows_move_behind_their_roots_in_every_layer(
+    requests: list[Accepted], layouts: list[Layout], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch_of([TokenTree(each.tree.parents.tolist(), [0] * len(each.tree)) for each in requests])
+    rows = torch.full((len(requests), batch.max_depth + 1), -1)
+    for index, each in enumerate(requests):
+        path = torch.tensor(each.tree.path(each.last_row))
+        rows[index, : len(path)] = batch.root[index] + path
+    tokens = len(batch.parent) + 5
+    token = torch.randperm(tokens, generator=generator)[: len(batch.parent)].sort().values
+    slots = torch.randperm(4 * tokens, generator=generator)[:tokens]
+    caches = [layout.cache(tokens, generator) for layout in layouts for _ in range(2)]
+
+    source, target = (slots[token[each]] for each in kv_moves(batch, rows))
+    expected = []
+    for cache in caches:
+        moved, size = raw(cache).clone(), cache.shape[1]
+        moved[target // size, target % size] = moved[source // size, source % size].clone()
+        expected.append(moved)
+
+    tables = CacheTable.group([*caches, caches[0]])  # One layer shares another's cache.
+    assert len(tables) <= len(layouts)
+    assert sum(len(table.caches) for table in tables) == len(caches)
+    for table in tables:
+        move_accepted(table, rows, batch.root, token, slots)
+    for cache, moved in zip(caches, expected, strict=True):
+        assert torch.equal(raw(cache), moved)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "content", "word"),
+    [
+        (torch.bfloat16, 256, torch.int64),
+        (torch.float8_e4m3fn, 2 * 84, torch.int64),
+        (torch.bfloat16, 6, torch.int32),
+        (torch.bfloat16, 7, torch.int16),
+        (torch.float8_e4m3fn, 7, torch.uint8),
+    ],
+)
+def test_bytes_move_in_the_widest_words_that_fit(dtype: torch.dtype, content: int, word: torch.dtype) -> None:
+    (table,) = CacheTable.group([torch.zeros(2, 16, 3, content).to(dtype)])
+    assert table.caches[0].dtype == word

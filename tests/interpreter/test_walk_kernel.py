@@ -1,0 +1,36 @@
+"""The walk in one launch against the walk level by level."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.strategies import VOCABULARY, TokenTree, batch_of, deterministic, token_trees
+from vllm_medusa.acceptance.exact import NO_TOKEN, walk
+from vllm_medusa.acceptance.walk_kernel import walk_drawn
+
+
+@settings(deterministic, max_examples=60)
+@given(st.lists(token_trees(), min_size=1, max_size=5), st.sampled_from([torch.int32, torch.int64]), st.data())
+def test_the_walk_is_that_of_exact_acceptance(
+    requests: list[TokenTree], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    batch = batch_of(requests)
+    rows = len(batch.parent)
+    tokens = st.integers(0, VOCABULARY - 1)
+    drawn = torch.tensor(data.draw(st.lists(tokens, min_size=rows, max_size=rows)), dtype=dtype)
+    max_rows = max(len(tree.parents) for tree in requests) + data.draw(st.integers(0, 9))
+    found, expected = walk_drawn(batch, drawn, max_rows), walk(batch, lambda row, walking: drawn[row].long())
+    levels = expected.rows.shape[1]
+    assert found.tokens.shape == found.rows.shape == (len(requests), batch.max_depth + 1)
+    assert torch.equal(found.tokens[:, :levels], expected.tokens)
+    assert torch.equal(found.rows[:, :levels], expected.rows)
+    assert (found.tokens[:, levels:] == NO_TOKEN).all()
+    assert (found.rows[:, levels:] == NO_TOKEN).all()
+
+
+def test_a_draft_that_the_scheduler_padded_is_carried_by_no_draw() -> None:
+    batch = batch_of([TokenTree([-1, 0, 1], [0, -1, 1])])
+    found = walk_drawn(batch, torch.tensor([1, 1, 1]), max_rows=3)
+    assert found.tokens.tolist() == [[1, NO_TOKEN, NO_TOKEN]]

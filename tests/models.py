@@ -53,7 +53,8 @@ class TinySettings:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        settings = asdict(self) | {"heads": self.heads.model_dump()}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def tiny_target(settings: TinySettings = TinySettings()) -> Path:

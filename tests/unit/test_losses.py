@@ -4,7 +4,7 @@ from torch.nn import functional
 
 from vllm_medusa.model.checkpoint import HeadsSpec
 from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED, head_pairs, medusa_loss
+from vllm_medusa.training.losses import IGNORED, distillation_loss, head_pairs, lm_loss, medusa_loss
 
 SPEC = HeadsSpec(hidden_size=8, vocab_size=16, num_heads=3)
 
@@ -86,3 +86,53 @@ def test_a_head_is_paired_with_the_token_at_its_depth():
 
 def test_no_labels_give_no_loss(heads, hidden):
     assert medusa_loss(heads, hidden, torch.full((2, 11), IGNORED)) == 0
+
+
+def lm_head(hidden: torch.Tensor) -> torch.Tensor:
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
+    return hidden @ weight.T
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4096])
+def test_the_targets_loss_is_its_cross_entropy_whatever_the_chunks(hidden, tokens, chunk_size):
+    hidden.requires_grad_()
+    labels = tokens.clone()
+    labels[0, :5] = IGNORED
+    expected = functional.cross_entropy(lm_head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss = lm_loss(lm_head, hidden, labels, chunk_size)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4096])
+def test_the_divergence_is_that_from_the_original_to_the_trained_target(hidden, tokens, chunk_size):
+    hidden.requires_grad_()
+    original = torch.randn(2, 11, 8, generator=torch.Generator().manual_seed(4))
+    labels = tokens.clone()
+    labels[0, :5] = IGNORED
+    teacher, trained = lm_head(original).softmax(-1), lm_head(hidden).softmax(-1)
+    each = (teacher * (teacher.log() - trained.log())).sum(-1)[:, :-1]
+    expected = each[labels[:, 1:] != IGNORED].mean()
+    loss = distillation_loss(lm_head, hidden, original, labels, chunk_size)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
+
+
+def test_a_target_that_has_not_changed_does_not_diverge(hidden, tokens):
+    hidden.requires_grad_()
+    loss = distillation_loss(lm_head, hidden, hidden.detach(), tokens)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-6
+
+
+def test_the_targets_logits_of_one_chunk_exist_at_a_time(hidden, tokens):
+    seen = []
+
+    def watched(states: torch.Tensor) -> torch.Tensor:
+        seen.append(len(states))
+        return lm_head(states)
+
+    hidden.requires_grad_()
+    (lm_loss(watched, hidden, tokens, 4) + distillation_loss(watched, hidden, hidden.detach(), tokens, 4)).backward()
+    assert max(seen) == 4
+    assert sum(seen) == 2 * (20 + 2 * 20)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vllm_medusa.model.checkpoint import HeadsSpec
-from vllm_medusa.training.accuracy import RankAccuracy
+from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.heads import MedusaHeads
 from vllm_medusa.training.losses import IGNORED, medusa_loss
 
@@ -51,14 +51,27 @@ def test_a_block_is_the_papers_formula():
     torch.testing.assert_close(heads.blocks[0](x), expected)
 
 
-def test_rank_accuracy_counts_each_rank_of_each_head():
+def test_accuracy_counts_each_rank_of_each_head():
     heads = MedusaHeads(HeadsSpec(4, 4, num_heads=2), torch.eye(4))
     # Every position ranks the tokens 3, 2, 1, 0.
-    hidden = torch.arange(4.0).expand(1, 7, 4)
-    labels = torch.tensor([[0, 0, 3, 3, 2, 0, IGNORED]])
-    accuracy = RankAccuracy(heads, ranks=2)
-    accuracy.add(hidden, labels)
-    # Head 1 is asked for 3, 3, 2, 0; head 2 for 3, 2, 0.
-    torch.testing.assert_close(accuracy.result(), torch.tensor([[2 / 4, 1 / 4], [1 / 3, 1 / 3]]))
-    accuracy.add(hidden, labels)
-    torch.testing.assert_close(accuracy.result(), torch.tensor([[2 / 4, 1 / 4], [1 / 3, 1 / 3]]))
+    hidden = torch.arange(4.0).expand(2, 7, 4)
+    labels = torch.tensor([[0, 0, 3, 3, 2, 0, IGNORED], [IGNORED] * 7])
+    scores = score_heads(heads, hidden, labels, ranks=2)
+    # Head 1 is asked for 3, 3, 2, 0; head 2 for 3, 2, 0; nobody for anything in the second block.
+    assert scores.hits.tolist() == [[[2, 1], [1, 1]], [[0, 0], [0, 0]]]
+    assert scores.positions.tolist() == [[4, 3], [0, 0]]
+    log_probability = torch.arange(4.0).log_softmax(dim=0)
+    expected = -torch.tensor([2 * log_probability[3] + log_probability[2] + log_probability[0]])
+    torch.testing.assert_close(scores.losses[0, :1], expected)
+    held_out = HeldOut.of(scores.hits.numpy(), scores.losses.numpy(), scores.positions.numpy())
+    assert held_out.accuracies == [[2 / 4, 1 / 4], [1 / 3, 1 / 3]]
+    assert held_out.top1 == [2 / 4, 1 / 3]
+    assert held_out.losses[0] == pytest.approx(float(expected) / 4)
+    assert held_out.lm_loss is None
+
+
+def test_a_vocabulary_smaller_than_the_ranks_leaves_the_others_empty():
+    heads = MedusaHeads(HeadsSpec(4, 4, num_heads=1), torch.eye(4))
+    scores = score_heads(heads, torch.randn(1, 7, 4), torch.randint(4, (1, 7)), ranks=6)
+    assert scores.hits.shape == (1, 1, 6)
+    assert int(scores.hits.sum()) == int(scores.positions.sum()) == 5

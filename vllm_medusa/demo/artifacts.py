@@ -95,7 +95,7 @@ class Artifacts:
             write_heads(directory, result.heads.spec, result.heads.state_dict(), extra)
 
         texts = (settings.own_texts, settings.own_text_length, settings.held_out_texts)
-        key = (self.target.name, asdict(settings.heads), texts)
+        key = (self.target.name, settings.heads.model_dump(), texts)
         return self._built("heads", key, build)
 
     @cached_property

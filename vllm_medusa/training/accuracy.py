@@ -1,38 +1,115 @@
-"""How often the heads are right."""
+"""How often the heads are right on held-out data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from torch.nn import functional
 
 from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED, head_pairs
+from vllm_medusa.training.losses import IGNORED, Logits, head_pairs, lm_loss
 
 
-class RankAccuracy:
-    """Counts, for each head, at which of its first ranks the right token stands.
+@dataclass(frozen=True)
+class Scores:
+    """What a batch adds to the held-out figures, one row per block, so that they can be gathered from many devices.
 
-    Args:
-        heads: the heads to judge.
-        ranks: how many of each head's most likely tokens are looked at.
+    Attributes:
+        hits: ``[batch, heads, ranks]``, int64: positions whose token is the head's choice of exactly that rank.
+        losses: ``[batch, heads]``, float32: sums of cross-entropies.
+        positions: ``[batch, heads]``, int64: positions that have a label.
 
     """
 
-    def __init__(self, heads: MedusaHeads, ranks: int) -> None:
-        self.heads = heads
-        self.hits = torch.zeros(heads.spec.num_heads, ranks, dtype=torch.int64)
-        self.positions = torch.zeros(heads.spec.num_heads, 1, dtype=torch.int64)
+    hits: torch.Tensor
+    losses: torch.Tensor
+    positions: torch.Tensor
 
-    @torch.no_grad()
-    def add(self, hidden: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: ``hidden`` of ``[batch, length, hidden_size]``, ``labels`` of ``[batch, length]``."""
-        for head in range(self.heads.spec.num_heads):
-            states, targets = head_pairs(head, hidden, labels)
-            labelled = targets != IGNORED
-            states, targets = states[labelled], targets[labelled]
-            best = self.heads.logits(head, states).topk(self.hits.shape[1], dim=-1).indices
-            self.hits[head] += (best == targets[:, None]).sum(dim=0).cpu()
-            self.positions[head] += len(targets)
 
-    def result(self) -> torch.Tensor:
-        """``[heads, ranks]``: the share of positions whose token is the head's choice of exactly that rank."""
-        return self.hits / self.positions.clamp(min=1)
+@torch.no_grad()
+def score_heads(
+    heads: MedusaHeads,
+    hidden: torch.Tensor,  # [batch, length, hidden_size]
+    labels: torch.Tensor,  # [batch, length], int64
+    ranks: int,
+) -> Scores:
+    """Judge the heads; one head's logits of one block exist at a time.
+
+    Args:
+        heads: the heads.
+        hidden: the target's hidden states after its final norm.
+        labels: the token at each position, or ``IGNORED``.
+        ranks: how many of each head's most likely tokens are looked at.
+
+    """
+    shape = (len(hidden), heads.spec.num_heads)
+    hits = torch.zeros(*shape, ranks, dtype=torch.int64, device=hidden.device)
+    losses = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
+    positions = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+    for block in range(shape[0]):
+        for head in range(shape[1]):
+            states, targets = head_pairs(head, hidden[block : block + 1], labels[block : block + 1])
+            logits = heads.logits(head, states).float()
+            best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
+            hits[block, head, : best.shape[1]] = (best == targets[:, None]).sum(dim=0)
+            losses[block, head] = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            positions[block, head] = (targets != IGNORED).sum()
+    return Scores(hits, losses, positions)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The figures on held-out data.
+
+    Attributes:
+        accuracies: ``[heads][ranks]``: the share of positions whose token is the head's choice of exactly that rank.
+        losses: ``[heads]``: mean cross-entropies.
+        lm_loss: the target's own mean cross-entropy; None where it was not measured.
+
+    """
+
+    accuracies: list[list[float]]
+    losses: list[float]
+    lm_loss: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        hits: np.ndarray,  # [blocks, heads, ranks]
+        losses: np.ndarray,  # [blocks, heads]
+        positions: np.ndarray,  # [blocks, heads]
+        lm_losses: np.ndarray | None = None,  # [blocks]
+        lm_positions: np.ndarray | None = None,  # [blocks]
+    ) -> HeldOut:
+        """Add up all batches' scores."""
+        count = np.maximum(positions.sum(axis=0), 1)
+        lm_loss = None
+        if lm_losses is not None and lm_positions is not None:
+            lm_loss = float(lm_losses.sum() / max(int(lm_positions.sum()), 1))
+        return cls((hits.sum(axis=0) / count[:, None]).tolist(), (losses.sum(axis=0) / count).tolist(), lm_loss)
+
+    @property
+    def top1(self) -> list[float]:
+        """Each head's top-1 accuracy."""
+        return [ranks[0] for ranks in self.accuracies]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that are logged, by name."""
+        named: Sequence[tuple[str, list[float]]] = (("top1", self.top1), ("loss", self.losses))
+        metrics = {f"head{k}_{name}": value for name, values in named for k, value in enumerate(values, start=1)}
+        return metrics if self.lm_loss is None else metrics | {"lm_loss": self.lm_loss}
+
+
+@torch.no_grad()
+def score_target(
+    logits: Logits,
+    hidden: torch.Tensor,  # [batch, length, hidden_size]
+    labels: torch.Tensor,  # [batch, length], int64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of the target's own cross-entropies and the positions that have a label, ``[batch]`` each."""
+    positions = (labels[:, 1:] != IGNORED).sum(dim=1)
+    means = [lm_loss(logits, hidden[block : block + 1], labels[block : block + 1]) for block in range(len(hidden))]
+    return torch.stack(means) * positions, positions

@@ -1,6 +1,9 @@
-"""The heads' training loss."""
+"""The training losses, each taken a chunk of positions at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -9,7 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from vllm_medusa.training.heads import MedusaHeads
 
 IGNORED = -100
-"""The label of a position that no head is trained on."""
+"""The label of a position on which no loss is taken."""
+
+CHUNK_SIZE = 4096
+"""Positions whose logits are held at once, unless a caller says otherwise."""
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+"""Maps the target's hidden states, ``[positions, hidden_size]``, to its logits, ``[positions, vocab_size]``."""
 
 
 def medusa_loss(
@@ -17,7 +26,7 @@ def medusa_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     decay: float = 0.8,
-    chunk_size: int = 4096,
+    chunk_size: int = CHUNK_SIZE,
 ) -> torch.Tensor:
     """Sum the heads' cross-entropies, ``sum_k decay^k CE_k`` (the paper's equation 1).
 
@@ -38,15 +47,51 @@ def medusa_loss(
     total = hidden.new_zeros((), dtype=torch.float32)
     for head in range(heads.spec.num_heads):
         states, targets = head_pairs(head, hidden, labels)
-        count = (targets != IGNORED).sum().clamp(min=1)
-        if len(states) <= chunk_size:
-            summed = _summed_loss(heads, head, states, targets)
-        else:
-            summed = hidden.new_zeros((), dtype=torch.float32)
-            for pairs in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
-                summed = summed + checkpoint(_summed_loss, heads, head, *pairs, use_reentrant=False)
-        total = total + decay ** (head + 1) * summed / count
+        summed = _in_chunks(partial(_cross_entropy, partial(heads.logits, head)), chunk_size, states, targets)
+        total = total + decay ** (head + 1) * summed / _count(targets)
     return total
+
+
+def lm_loss(logits: Logits, hidden: torch.Tensor, labels: torch.Tensor, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
+    """Return the target's own cross-entropy (L_LM, paper, section 2.2.2): position t against the label at t + 1.
+
+    Args:
+        logits: the target's LM head.
+        hidden: ``[batch, length, hidden_size]``: the target's hidden states after its final norm.
+        labels: ``[batch, length]``, int64: the token at each position, or ``IGNORED``.
+        chunk_size: positions whose logits are held at once.
+
+    Returns:
+        A scalar, the mean over the positions that have a label.
+
+    """
+    states, targets = _shifted(1, hidden, labels)
+    return _in_chunks(partial(_cross_entropy, logits), chunk_size, states, targets) / _count(targets)
+
+
+def distillation_loss(
+    logits: Logits,
+    hidden: torch.Tensor,
+    original: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_size: int = CHUNK_SIZE,
+) -> torch.Tensor:
+    """Return ``KL(original target || trained target)`` (paper, section 2.3.2), which takes the place of L_LM.
+
+    Args:
+        logits: the LM head of both.
+        hidden: ``[batch, length, hidden_size]``: the trained target's hidden states after its final norm.
+        original: ``[batch, length, hidden_size]``: the original target's.
+        labels: ``[batch, length]``, int64: only positions whose next token has a label count.
+        chunk_size: positions whose logits are held at once.
+
+    Returns:
+        A scalar, the mean over the positions that count.
+
+    """
+    states, targets = _shifted(1, hidden, labels)
+    teachers, _ = _shifted(1, original, labels)
+    return _in_chunks(partial(_divergence, logits), chunk_size, states, teachers, targets) / _count(targets)
 
 
 def head_pairs(head: int, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,10 +106,33 @@ def head_pairs(head: int, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[t
         ``[pairs, hidden_size]`` and ``[pairs]``, ``pairs = batch * (length - head - 2)``.
 
     """
-    offset = head + 2
+    return _shifted(head + 2, hidden, labels)
+
+
+def _shifted(offset: int, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden[:, :-offset].flatten(0, 1), labels[:, offset:].flatten()
 
 
-def _summed_loss(heads: MedusaHeads, head: int, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    logits = heads.logits(head, hidden).float()
-    return functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+def _count(labels: torch.Tensor) -> torch.Tensor:
+    return (labels != IGNORED).sum().clamp(min=1)
+
+
+def _in_chunks(summed: Callable[..., torch.Tensor], chunk_size: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """Add up a sum over positions, of which all tensors hold one per row."""
+    if len(tensors[0]) <= chunk_size:
+        return summed(*tensors)
+    chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
+    parts = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(parts).sum()
+
+
+def _cross_entropy(logits: Logits, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits(hidden).float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _divergence(logits: Logits, hidden: torch.Tensor, original: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    trained = logits(hidden).float().log_softmax(dim=-1)
+    with torch.no_grad():
+        teacher = logits(original).float().log_softmax(dim=-1)
+    each = functional.kl_div(trained, teacher, reduction="none", log_target=True).sum(dim=-1)
+    return each.masked_fill(labels == IGNORED, 0.0).sum()

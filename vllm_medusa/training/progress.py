@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class ReportStep(Protocol):
@@ -17,8 +19,8 @@ class ReportStep(Protocol):
 
 
 @contextmanager
-def training_progress(title: str, steps: int, visible: bool = True) -> Iterator[ReportStep]:
-    """Show a progress bar with a smoothed loss while a training loop runs."""
+def training_progress(title: str, steps: int, visible: bool = True, done: int = 0) -> Iterator[ReportStep]:
+    """Show a progress bar with a smoothed loss while a training loop runs, of which ``done`` steps lie behind."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -28,12 +30,41 @@ def training_progress(title: str, steps: int, visible: bool = True) -> Iterator[
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not visible) as progress:
-        task = progress.add_task(title, total=steps, loss=float("nan"))
-        smoothed: float | None = None
+        task = progress.add_task(title, total=steps, completed=done, loss=float("nan"))
+        smoothed = float("nan")
 
         def report(loss: float) -> None:
             nonlocal smoothed
-            smoothed = loss if smoothed is None else 0.95 * smoothed + 0.05 * loss
+            smoothed = loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss
             progress.update(task, advance=1, loss=smoothed)
 
         yield report
+
+
+class ProgressBar(TrainerCallback):
+    """Shows the progress of a ``transformers.Trainer``, with the loss that it logged last."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._open = ExitStack()
+        self._loss = float("nan")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draw the bar."""
+        self._report = self._open.enter_context(
+            training_progress(self.title, state.max_steps, state.is_world_process_zero, state.global_step)
+        )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        """Take note of the loss."""
+        self._loss = logs.get("loss", self._loss)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Advance."""
+        self._report(self._loss)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, however the training ended."""
+        self._open.close()

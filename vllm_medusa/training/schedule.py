@@ -1,4 +1,4 @@
-"""How the learning rate changes over a training run."""
+"""How learning rates and the weight of the heads' loss change over a training run."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def linear_with_warmup(step: int, warmup: int, total: int, decay_share: float = 
     """Return the factor on the learning rate: a rise, a plateau, then a line to 0 over ``decay_share`` of all steps."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     return rise * min(1.0, (total - step) / max(1.0, decay_share * total))
+
+
+def second_stage(step: int, first_stage: int, warmup: int, total: int) -> float:
+    """Return the factor on the target's learning rate: 0 in the first stage, then a warm-up and a cosine of its own."""
+    return 0.0 if step < first_stage else cosine_with_warmup(step - first_stage, warmup, total - first_stage)
+
+
+def sine_rise(step: int, total: int) -> float:
+    """Return the factor on lambda_0: ``sin(pi / 2 * step / total)``, from 0 to 1, as in the paper's reference code."""
+    return math.sin(math.pi / 2 * min(1.0, step / max(1, total)))

@@ -1,0 +1,66 @@
+"""Command-line options made from a pydantic model, which stays the only place that knows them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+def with_options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every field of a model.
+
+    The values arrive in the command's ``settings``: those that were given, by their field's name, as they were typed;
+    the model itself reads and checks them. A field that takes several values is an option that may be repeated.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        options = [_option(name, field) for name, field in model.model_fields.items()]
+
+        def run(**values: Any) -> None:
+            settings = {name: values.pop(name) for name in model.model_fields}
+            command(**values, settings={name: value for name, value in settings.items() if value not in (None, [])})
+
+        run.__name__ = command.__name__
+        run.__doc__ = command.__doc__
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *options)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind: Any = str
+    if field.annotation is bool:
+        kind = bool
+    elif get_origin(field.annotation) is tuple:
+        kind = list[str]
+    shown = None if kind is list[str] or field.is_required() or field.default is None else str(field.default)
+    option = typer.Option(help=field.description, metavar=_metavar(field), show_default=shown or False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    """Say what a field takes: its choices, or the name of its type."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    if kind is bool:
+        return None
+    if isinstance(kind, type):
+        choices = [str(choice) for choice in kind] if hasattr(kind, "__members__") else []
+        return "|".join(choices) or {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+    return "|".join(str(choice) for choice in get_args(kind))

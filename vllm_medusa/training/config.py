@@ -1,0 +1,194 @@
+"""The settings of a training run: the one place that knows their names, defaults, bounds and meaning."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_medusa.training.record_files import BadLines
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Recipe(BaseModel):
+    """What every way of training heads has in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_heads: int = Field(
+        default=4, ge=1, description="Heads to train: head k predicts the token k after the next one."
+    )
+    num_layers: int = Field(default=1, ge=1, description="Residual layers per head.")
+    shared_lm_head: bool = Field(
+        default=False, description="Let all heads use the target's LM head; train the layers only."
+    )
+    decay: float = Field(default=0.8, gt=0, le=1, description="The loss weight of head k is decay^k.")
+    batch_size: int = Field(default=8, ge=1, description="Blocks per step and device.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="The heads' highest learning rate, after the warm-up.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps over which a learning rate rises.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to this norm.")
+    ranks: int = Field(
+        default=10, ge=1, description="How many of a head's most likely tokens the held-out accuracy looks at."
+    )
+    chunk_size: int = Field(default=4096, ge=1, description="Positions whose logits are held in memory at once.")
+    seed: int = Field(default=0, ge=0, description="What the order of the data and all other chance depends on.")
+
+
+class Medusa1Config(Recipe):
+    """The settings of ``train_medusa1``, which trains in memory and writes nothing."""
+
+    steps: int = Field(default=200, ge=1, description="Optimizer steps.")
+    prompt_length: int = Field(
+        default=0, ge=0, description="Tokens at each block's start that the heads need not foretell."
+    )
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must be at most {self.steps} (steps), got {self.warmup_steps}")
+        return self
+
+
+class Medusa2Recipe(Recipe):
+    """The settings of joint training (paper, sections 2.2.2 and 2.3.2)."""
+
+    target_training: Literal["lora", "full"] = Field(default="lora", description="What of the target is trained.")
+    lora_rank: int = Field(default=32, ge=1, description="Rank of the LoRA adapters.")
+    lora_alpha: float = Field(default=16.0, gt=0, description="LoRA's scale: adapters count alpha / rank.")
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout in front of the LoRA adapters.")
+    lora_targets: tuple[str, ...] = Field(
+        default=(), description="Names of the adapted layers; none: all linear layers."
+    )
+    learning_rate_ratio: float = Field(
+        default=4.0, gt=0, description="The heads' learning rate divided by the target's."
+    )
+    heads_weight: float = Field(
+        default=0.2, gt=0, description="lambda_0, the weight of the heads' loss in the joint loss."
+    )
+    heads_weight_schedule: Literal["sine", "constant"] = Field(
+        default="sine", description="How lambda_0 gets to its value."
+    )
+    heads_only_steps: int = Field(
+        default=0, ge=0, description="Steps of the first stage: heads alone, on the frozen target."
+    )
+    distill: bool = Field(default=False, description="Replace the LM loss by KL(original target || trained target).")
+
+    @model_validator(mode="after")
+    def _teacher_exists(self) -> Self:
+        if self.distill and self.target_training == "full":
+            raise ValueError(
+                "distill must be false with target_training 'full', got true: the teacher is the target without its "
+                "adapters; use target_training 'lora'"
+            )
+        return self
+
+
+class TrainConfig(Medusa2Recipe):
+    """The settings of ``vllm-medusa train``."""
+
+    method: Literal["medusa1", "medusa2"] = Field(
+        default="medusa1", description="Train the heads alone, or the target too."
+    )
+    target: str = Field(description="The target: a directory, or a repository on the Hugging Face Hub.")
+    data: tuple[Path, ...] = Field(min_length=1, description="Files of conversations, prompts or texts.")
+    held_out: tuple[Path, ...] = Field(
+        default=(), description="Files to judge the heads on; none: a share of the data."
+    )
+    held_out_share: float = Field(
+        default=0.02, gt=0, lt=1, description="The share of blocks to judge on, without held_out."
+    )
+    bad_lines: BadLines = Field(default=BadLines.REFUSE, description="What to do about a line that holds no record.")
+    block_length: int = Field(default=2048, ge=8, description="Tokens per block.")
+    output: Path = Field(description="The directory for the heads, the results and the checkpoints.")
+
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; they take the place of epochs.")
+    epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Batches per optimizer step.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="The target's weights' type."
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="Autocast during training.")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="Load the target through bitsandbytes."
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Recompute the target's layers on the way back.")
+    trust_remote_code: bool = Field(default=False, description="Run the code that comes with the target.")
+
+    save_steps: int = Field(default=500, ge=1, description="Steps between two checkpoints.")
+    save_limit: int = Field(default=2, ge=1, description="Checkpoints to keep; the oldest go.")
+    resume: Literal["auto", "never"] = Field(
+        default="auto", description="Go on from the last checkpoint, or start anew."
+    )
+    eval_steps: int | None = Field(default=None, ge=1, description="Steps between two looks at the held-out data.")
+    logging_steps: int = Field(default=10, ge=1, description="Steps between two reports of the loss.")
+    report_to: tuple[str, ...] = Field(
+        default=(), description="Where losses are logged: tensorboard, wandb, mlflow, ..."
+    )
+
+    @model_validator(mode="after")
+    def _combinations_exist(self) -> Self:
+        if self.method == "medusa1":
+            for name, field in Medusa2Recipe.model_fields.items():
+                if name not in Recipe.model_fields and getattr(self, name) != field.default:
+                    raise ValueError(
+                        f"{name} is a setting of method 'medusa2', got {getattr(self, name)!r} with 'medusa1'"
+                    )
+        if self.quantization != "none" and self.method == "medusa2" and self.target_training == "full":
+            raise ValueError(
+                f"quantization must be 'none' with target_training 'full', got {self.quantization!r}: quantized "
+                "weights cannot be trained; use target_training 'lora'"
+            )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps must be at most {self.steps} (steps), got {self.warmup_steps}")
+        return self
+
+
+def load_config(file: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Read settings.
+
+    Args:
+        file: YAML, a mapping of names to values; None for none.
+        overrides: settings that win over the file's.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a name or a value is wrong; one line that says which, and what is allowed.
+
+    """
+    settings: dict[str, Any] = {}
+    if file is not None:
+        try:
+            content = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{file} is no YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} must hold a mapping of names to values, got {type(content).__name__}")
+        settings.update(content)
+    settings.update(overrides)
+    return validated(TrainConfig, settings)
+
+
+def validated(kind: type[Model], settings: Mapping[str, Any]) -> Model:
+    """Make a pydantic model; what is wrong becomes one line of a ``ValueError``."""
+    try:
+        return kind.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(kind, dict(detail)) for detail in error.errors())) from None
+
+
+def _describe(kind: type[BaseModel], detail: dict[str, Any]) -> str:
+    name = str(detail["loc"][0]) if detail["loc"] else ""
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, kind.model_fields, n=1)
+        known = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(kind.model_fields))}"
+        return f"{name} is no setting; {known}"
+    if detail["type"] == "missing":
+        return f"{name} is missing: {kind.model_fields[name].description}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message[0].lower()}{message[1:]}, got {detail['input']!r}" if name else message

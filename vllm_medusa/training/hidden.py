@@ -1,0 +1,56 @@
+"""What the heads see of a target: that which enters its LM head, whatever its architecture."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def lm_head_of(target: PreTrainedModel) -> nn.Linear:
+    """Return a target's LM head.
+
+    Raises:
+        ValueError: the model has none that ``transformers`` could name, or its weight is no plain matrix.
+
+    """
+    name = type(target).__name__
+    lm_head = target.get_output_embeddings()
+    if lm_head is None:
+        raise ValueError(f"{name} has no LM head (get_output_embeddings() gives None); give a causal language model")
+    if not isinstance(lm_head, nn.Linear) or not lm_head.weight.is_floating_point():
+        raise ValueError(f"the LM head of {name}, {type(lm_head).__name__}, has no plain weight matrix to copy")
+    return lm_head
+
+
+def final_hidden_states(
+    target: PreTrainedModel,
+    tokens: torch.Tensor,  # [batch, length], int64
+) -> torch.Tensor:
+    """Return what goes into the target's LM head, after its final norm: ``[batch, length, hidden_size]``.
+
+    It is read off at the LM head itself, so it is what vLLM gives to the heads for every architecture; scaling or
+    capping of logits comes after it. The LM head is left one position, so that no logits of a whole batch arise.
+
+    Raises:
+        ValueError: the target does not call its LM head with hidden states.
+
+    """
+    lm_head = lm_head_of(target)
+    entered: list[torch.Tensor] = []
+
+    def take(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        entered.append(arguments[0])
+        return (arguments[0][:, :1], *arguments[1:])
+
+    handle = lm_head.register_forward_pre_hook(take)
+    try:
+        target(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    if len(entered) != 1 or entered[0].shape[:2] != tokens.shape:
+        raise ValueError(
+            f"{type(target).__name__} does not give its LM head the hidden states of all tokens at once; "
+            "heads cannot be trained on it"
+        )
+    return entered[0]

@@ -1,0 +1,76 @@
+"""Load the target that is trained on."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vllm_medusa.training.config import TrainConfig
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the target's tokenizer.
+
+    Raises:
+        ValueError: there is none.
+
+    """
+    try:
+        return AutoTokenizer.from_pretrained(config.target, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {config.target!r} has no tokenizer that can be loaded: {error}") from None
+
+
+def load_target(config: TrainConfig) -> PreTrainedModel:
+    """Load the target to train on.
+
+    Raises:
+        ValueError: it is no causal language model, or bitsandbytes is asked for and absent.
+
+    """
+    if config.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization {config.quantization!r} needs bitsandbytes, "
+            "which is not installed; install it, or take 'none'"
+        )
+    target = load_plain_target(config, **_quantization(config))
+    if config.gradient_checkpointing:
+        target.gradient_checkpointing_enable({"use_reentrant": False})
+    return target
+
+
+def load_plain_target(config: TrainConfig, **options: Any) -> PreTrainedModel:
+    """Load the target as it is, on the CPU and without quantization unless ``options`` say otherwise.
+
+    Raises:
+        ValueError: it is no causal language model.
+
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            config.target, dtype=config.dtype, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {config.target!r} is no causal language model that can be loaded: {error}") from None
+
+
+def _quantization(config: TrainConfig) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    quantization = BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": PartialState().device}}

@@ -1,0 +1,175 @@
+"""Medusa-2: the heads and the target are trained together (paper, sections 2.2.2 and 2.3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from vllm_medusa.training.accuracy import score_target
+from vllm_medusa.training.config import Medusa2Recipe
+from vllm_medusa.training.hidden import final_hidden_states
+from vllm_medusa.training.losses import distillation_loss, lm_loss, medusa_loss
+from vllm_medusa.training.medusa1 import judged_heads, untrained_heads
+from vllm_medusa.training.schedule import second_stage, sine_rise
+from vllm_medusa.training.target_logits import TargetLogits
+from vllm_medusa.training.trainer import MedusaTrainer, ParameterGroup, is_of_heads
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the joint loss is made of at one step: ``target * L_LM + heads * L_heads``.
+
+    Attributes:
+        target: weight of the target's own loss; 0 freezes the target.
+        heads: lambda_0.
+
+    """
+
+    target: float
+    heads: float
+
+
+class Medusa2(nn.Module):
+    """A target, of which LoRA adapters or all weights are trained, and its heads.
+
+    Args:
+        target: a causal language model of ``transformers``; with LoRA, adapters are put into it.
+        recipe: the heads' sizes and the losses.
+
+    Raises:
+        ValueError: the target cannot be trained, or no heads can be trained on it.
+
+    """
+
+    def __init__(self, target: PreTrainedModel, recipe: Medusa2Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.heads = untrained_heads(target, recipe)
+        self.target: Any = target.requires_grad_(True)
+        if recipe.target_training == "lora":
+            self.target = with_adapters(target, recipe)
+        self.logits = TargetLogits(self.target)
+        self._no_split_modules = target._no_split_modules  # Where accelerate's FSDP cuts the model into units.
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [batch, length], int64
+        labels: torch.Tensor,  # [batch, length], int64
+        weights: LossWeights,
+    ) -> dict[str, torch.Tensor]:
+        """Return the joint loss and its parts; outside of training, also what ``HeldOut.of`` adds up."""
+        if not self.training:
+            return self._judged(input_ids, labels, weights)
+        frozen = weights.target == 0
+        self.target.train(not frozen)
+        with torch.set_grad_enabled(not frozen):
+            hidden = final_hidden_states(self.target, input_ids)
+        heads_loss = medusa_loss(self.heads, hidden.float(), labels, self.recipe.decay, self.recipe.chunk_size)
+        if frozen:
+            return {"loss": weights.heads * heads_loss, "heads_loss": heads_loss}
+        target_loss = self._target_loss(input_ids, hidden, labels)
+        loss = weights.target * target_loss + weights.heads * heads_loss
+        return {"loss": loss, "heads_loss": heads_loss, "target_loss": target_loss}
+
+    def _target_loss(self, input_ids: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """L_LM, or the divergence from the original target: the same model with its adapters switched off."""
+        if not self.recipe.distill:
+            return lm_loss(self.logits, hidden, labels, self.recipe.chunk_size)
+        self.target.eval()
+        with torch.no_grad(), self.target.disable_adapter():
+            original = final_hidden_states(self.target, input_ids)
+        self.target.train()
+        return distillation_loss(self.logits, hidden, original, labels, self.recipe.chunk_size)
+
+    def _judged(self, input_ids: torch.Tensor, labels: torch.Tensor, weights: LossWeights) -> dict[str, torch.Tensor]:
+        hidden = final_hidden_states(self.target, input_ids)
+        judged = judged_heads(self.heads, hidden.float(), labels, self.recipe)
+        lm_losses, lm_positions = score_target(self.logits, hidden, labels)
+        own = lm_losses.sum() / lm_positions.sum().clamp(min=1)
+        loss = own + weights.heads * judged["loss"]
+        return judged | {"loss": loss, "lm_losses": lm_losses, "lm_positions": lm_positions}
+
+
+class Medusa2Trainer(MedusaTrainer):
+    """Trains heads first, if the recipe says so, then heads and target, each at a learning rate of its own.
+
+    The recipe must be a ``Medusa2Recipe``.
+    """
+
+    recipe: Medusa2Recipe
+
+    def parameter_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
+        """Part the heads from the target, whose learning rate is lower (paper, section 2.2.2)."""
+        heads = [parameter for name, parameter in parameters.items() if is_of_heads(name)]
+        target = [parameter for name, parameter in parameters.items() if not is_of_heads(name)]
+        rate = self.recipe.learning_rate
+        return [
+            ParameterGroup(heads, rate, self.heads_factor),
+            ParameterGroup(target, rate / self.recipe.learning_rate_ratio, self.target_factor),
+        ]
+
+    def target_factor(self, step: int, total: int) -> float:
+        """Return the factor on the target's learning rate."""
+        return second_stage(step, self.recipe.heads_only_steps, self.recipe.warmup_steps, total)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Make the schedules, now that the number of steps is known.
+
+        Raises:
+            ValueError: the first stage leaves no step to the second.
+
+        """
+        if self.recipe.heads_only_steps >= num_training_steps:
+            raise ValueError(
+                f"heads_only_steps must be less than {num_training_steps}, the steps of this run, "
+                f"got {self.recipe.heads_only_steps}"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def loss_weights(self) -> LossWeights:
+        """Return the weights of the step that is being taken.
+
+        In the first stage the target is frozen. In the second, lambda_0 is constant or, by the paper's reference code,
+        ``heads_weight * sin(pi / 2 * progress)`` with progress from 0 to 1 over that stage.
+        """
+        recipe, step = self.recipe, self.state.global_step
+        if step < recipe.heads_only_steps:
+            return LossWeights(target=0.0, heads=recipe.heads_weight)
+        rise = 1.0
+        if recipe.heads_weight_schedule == "sine":
+            rise = sine_rise(step - recipe.heads_only_steps, self.state.max_steps - recipe.heads_only_steps)
+        return LossWeights(target=1.0, heads=recipe.heads_weight * rise)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the joint loss of the step."""
+        return super().compute_loss(model, inputs | {"weights": self.loss_weights()}, *args, **kwargs)
+
+
+def with_adapters(target: PreTrainedModel, recipe: Medusa2Recipe) -> nn.Module:
+    """Put LoRA adapters into a target and freeze the rest.
+
+    Raises:
+        ValueError: the layers that the recipe names do not exist, or the LM head is among them.
+
+    """
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=list(recipe.lora_targets) or "all-linear",
+    )
+    try:
+        adapted = get_peft_model(target, settings)
+    except ValueError as error:
+        raise ValueError(f"lora_targets {list(recipe.lora_targets)}: {error}") from None
+    if isinstance(target.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(f"lora_targets must not name the LM head, got {list(recipe.lora_targets)}")
+    return adapted

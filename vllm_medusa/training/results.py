@@ -1,0 +1,185 @@
+"""What a run leaves behind: heads, target, figures, and how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+
+from vllm_medusa.model.checkpoint import replaced_directory, write_heads
+from vllm_medusa.training.accuracy import HeldOut
+from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.load import load_plain_target, load_tokenizer
+from vllm_medusa.training.medusa1 import Medusa1
+from vllm_medusa.training.medusa2 import Medusa2
+from vllm_medusa.training.trainer import is_of_heads
+
+RUN_FILE = "run.yaml"
+RESULTS_FILE = "results.json"
+HEADS_DIRECTORY = "heads"
+TARGET_DIRECTORY = "target"
+
+FREE_TO_CHANGE = {"save_steps", "save_limit", "resume", "eval_steps", "logging_steps", "report_to", "chunk_size"}
+"""Settings that a run may change when it goes on from a checkpoint: what it gives does not depend on them."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives.
+
+    Attributes:
+        output: the run's directory.
+        steps: optimizer steps.
+        after: the figures on held-out data.
+        before: the same at the start; None with Medusa-1, which leaves the target as it is.
+        target: where the trained target is; None with Medusa-1.
+
+    """
+
+    output: Path
+    steps: int
+    after: HeldOut
+    before: HeldOutBefore | None = None
+    target: Path | None = None
+
+    @property
+    def heads(self) -> Path:
+        """Where the heads are."""
+        return self.output / HEADS_DIRECTORY
+
+    def write(self) -> None:
+        """Write the figures as JSON."""
+        figures = {"steps": self.steps, "before": self.before and asdict(self.before), "after": asdict(self.after)}
+        replace_file(self.output / RESULTS_FILE, json.dumps(figures, indent=2) + "\n")
+
+    def print(self, console: Console) -> None:
+        """Print the figures as a table, and where the models are."""
+        table = Table(title=f"Held-out data after {self.steps} steps")
+        for column in ("", "before", "after"):
+            table.add_column(column, justify="left" if not column else "right")
+        for head, top1 in enumerate(self.after.top1, start=1):
+            before = "" if self.before is None else f"{self.before.top1[head - 1]:.3f}"
+            table.add_row(f"head {head}, top-1 accuracy", before, f"{top1:.3f}")
+        if self.before is not None and self.after.lm_loss is not None:
+            table.add_row("target, LM loss", f"{self.before.lm_loss:.4f}", f"{self.after.lm_loss:.4f}")
+        console.print(table)
+
+
+@dataclass(frozen=True)
+class HeldOutBefore:
+    """The figures on held-out data before the first step.
+
+    Attributes:
+        top1: each head's top-1 accuracy.
+        lm_loss: the target's own mean cross-entropy.
+
+    """
+
+    top1: list[float]
+    lm_loss: float
+
+    @classmethod
+    def of(cls, log: Sequence[Mapping[str, Any]]) -> HeldOutBefore:
+        """Find them in a trainer's log, which outlives a resumed run."""
+        first = next(entry for entry in log if "eval_lm_loss" in entry)
+        heads = sum(name.endswith("_top1") for name in first)
+        return cls([first[f"eval_head{head}_top1"] for head in range(1, heads + 1)], first["eval_lm_loss"])
+
+
+def write_run(config: TrainConfig, command: Sequence[str]) -> None:
+    """Write the resolved settings and the command beside what they give."""
+    content = {
+        "command": list(command),
+        "versions": {name: version(name) for name in ("vllm-medusa", "torch", "transformers", "accelerate", "peft")},
+        "config": config.model_dump(mode="json"),
+    }
+    replace_file(config.output / RUN_FILE, yaml.safe_dump(content, sort_keys=False))
+
+
+def check_same_run(config: TrainConfig) -> None:
+    """Refuse to go on with other settings than those of the run in the output directory.
+
+    Raises:
+        ValueError: a setting differs; the line names it and both values.
+
+    """
+    file = config.output / RUN_FILE
+    if not file.exists():
+        return
+    earlier = yaml.safe_load(file.read_text())["config"]
+    for name, value in config.model_dump(mode="json").items():
+        if name not in FREE_TO_CHANGE and earlier.get(name, value) != value:
+            raise ValueError(
+                f"{config.output} holds the checkpoints of a run with {name} {earlier[name]!r}, got {value!r}; "
+                "give that value, another output, or resume 'never', which starts anew"
+            )
+
+
+def write_heads_of(
+    config: TrainConfig,
+    model: Medusa1 | Medusa2,
+    state: Mapping[str, torch.Tensor],
+    held_out: HeldOut,
+    dtype: torch.dtype,
+) -> None:
+    """Write the heads as vLLM reads them, in the target's dtype, with the accuracies from which sparse trees grow."""
+    trained = {name.removeprefix("heads."): tensor for name, tensor in state.items() if is_of_heads(name)}
+    if config.shared_lm_head:
+        trained["lm_heads.0.weight"] = model.heads.get_parameter("lm_heads.0.weight")
+    write_heads(
+        config.output / HEADS_DIRECTORY,
+        model.heads.spec,
+        {name: tensor.to(dtype) for name, tensor in trained.items()},
+        {"medusa_accuracies": held_out.accuracies},
+    )
+
+
+def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, torch.Tensor]) -> Path:
+    """Write the trained target and its tokenizer as an ordinary model.
+
+    The target is loaded anew, without quantization, and what was trained goes into it; so a target that is quantized or
+    spread over devices is written like any other.
+
+    Returns:
+        Its directory.
+
+    """
+    trained = {
+        name.removeprefix("target."): tensor.to("cpu") for name, tensor in state.items() if not is_of_heads(name)
+    }
+    target = load_plain_target(config)
+    if isinstance(model.target, PeftModel):
+        with TemporaryDirectory() as directory:
+            model.target.save_pretrained(directory, state_dict=trained)
+            target = PeftModel.from_pretrained(target, directory).merge_and_unload()
+    else:
+        target.load_state_dict(trained, strict=False)
+    with replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
+        target.save_pretrained(temporary)
+        load_tokenizer(config).save_pretrained(temporary)
+    return config.output / TARGET_DIRECTORY
+
+
+def replace_file(file: Path, content: str) -> None:
+    """Write a text file; a reader sees its old content or the new one, never a half-written one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).rename(file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,141 @@
+"""``vllm-medusa train``: from settings to heads that vLLM serves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.dataset import load_blocks
+from vllm_medusa.training.hidden import lm_head_of
+from vllm_medusa.training.load import load_target, load_tokenizer
+from vllm_medusa.training.medusa1 import Medusa1
+from vllm_medusa.training.medusa2 import Medusa2, Medusa2Trainer
+from vllm_medusa.training.results import (
+    HeldOutBefore,
+    TrainResult,
+    check_same_run,
+    write_heads_of,
+    write_run,
+    write_target_of,
+)
+from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
+
+CHECKPOINTS_DIRECTORY = "checkpoints"
+
+
+def run_training(
+    config: TrainConfig,
+    command: Sequence[str],
+    show_progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult | None:
+    """Train heads, or heads and target, and write them; each process of a distributed run calls it.
+
+    Args:
+        config: the settings.
+        command: what the user typed, to be kept beside the heads.
+        show_progress: whether to draw a progress bar.
+        callbacks: further callbacks of ``transformers.Trainer``.
+
+    Returns:
+        What the run gives; None on all processes but the main one, which alone writes.
+
+    Raises:
+        ValueError: the settings, the data or the target do not allow it; one line says what and what to do.
+        OSError: something cannot be read or written.
+
+    """
+    checkpoints = config.output / CHECKPOINTS_DIRECTORY
+    arguments = training_arguments(config, checkpoints, **_trainer_options(config))
+    if config.resume == "auto" and _last_checkpoint(checkpoints) is not None:
+        check_same_run(config)
+    training, held_out = load_data(config, load_tokenizer(config))
+    target = load_target(config)
+    dtype = lm_head_of(target).weight.dtype
+    model: Medusa1 | Medusa2
+    if config.method == "medusa1":
+        model = Medusa1(target, config)
+        trainer = MedusaTrainer(model, config, arguments, training, held_out, show_progress, callbacks)
+    else:
+        model = Medusa2(target, config)
+        trainer = Medusa2Trainer(model, config, arguments, training, held_out, show_progress, callbacks)
+    if trainer.is_world_process_zero():
+        if config.resume == "never":
+            shutil.rmtree(checkpoints)
+        write_run(config, command)
+    trainer.accelerator.wait_for_everyone()
+    after = trainer.fit(_last_checkpoint(checkpoints))
+
+    state = trainer.trained_state()
+    result = None
+    if trainer.is_world_process_zero():
+        write_heads_of(config, model, state, after, dtype)
+        result = TrainResult(
+            output=config.output,
+            steps=trainer.state.global_step,
+            after=after,
+            before=HeldOutBefore.of(trainer.state.log_history) if isinstance(model, Medusa2) else None,
+            target=write_target_of(config, model, state) if isinstance(model, Medusa2) else None,
+        )
+        result.write()
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return the blocks to train on and the blocks to judge on.
+
+    Raises:
+        ValueError: a line of a file is wrong, or there are too few blocks.
+
+    """
+    blocks = load_blocks(config.data, tokenizer, config.block_length, config.bad_lines).with_format("torch")
+    if config.held_out:
+        held_out = load_blocks(config.held_out, tokenizer, config.block_length, config.bad_lines).with_format("torch")
+        _check_size(blocks, 1, "data", config)
+        _check_size(held_out, 1, "held_out", config)
+        return blocks, held_out
+    _check_size(blocks, 2, "data", config)
+    judged = max(1, round(config.held_out_share * len(blocks)))
+    split = blocks.train_test_split(test_size=judged, seed=config.seed)
+    return split["train"], split["test"]
+
+
+def _check_size(blocks: datasets.Dataset, least: int, name: str, config: TrainConfig) -> None:
+    if len(blocks) < least:
+        raise ValueError(
+            f"{name} gives {len(blocks)} blocks of {config.block_length} tokens (block_length), and {least} are "
+            "needed; give more text or a smaller block_length"
+        )
+
+
+def _trainer_options(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "max_steps": config.steps or -1,
+        "num_train_epochs": config.epochs,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "bf16": config.mixed_precision == "bf16",
+        "fp16": config.mixed_precision == "fp16",
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": config.save_limit,
+        "eval_strategy": "no" if config.eval_steps is None else "steps",
+        "eval_steps": config.eval_steps,
+        "eval_on_start": config.method == "medusa2",
+        "logging_steps": config.logging_steps,
+        "report_to": list(config.report_to) or "none",
+        # In the first stage the target's trained parameters have no part in the loss.
+        "ddp_find_unused_parameters": config.heads_only_steps > 0,
+    }
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    return None if last is None else Path(last)

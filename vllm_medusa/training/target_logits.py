@@ -1,0 +1,79 @@
+"""A target's logits from its hidden states, with the scaling or capping that some architectures add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
+
+PROBE_LENGTH = 16
+TOLERANCE = 1e-2
+"""The largest deviation, relative to the logits' own size, that rounding in 16 bits may cause."""
+
+
+class TargetLogits:
+    """Computes a target's logits for hidden states that are not all of a sequence.
+
+    Architectures treat their LM head's output differently, and under names that do not tell how. So all that is known
+    is tried on a few tokens, and that is taken which gives the target's own logits.
+
+    Args:
+        target: the target.
+
+    Raises:
+        ValueError: nothing that is known gives the target's logits.
+
+    """
+
+    @torch.no_grad()
+    def __init__(self, target: PreTrainedModel) -> None:
+        self.lm_head = lm_head_of(target)
+        vocab_size = self.lm_head.weight.shape[0]
+        tokens = torch.arange(PROBE_LENGTH, device=self.lm_head.weight.device)[None] % vocab_size
+        was_training = target.training
+        target.eval()
+        expected = target(input_ids=tokens, use_cache=False).logits.float()
+        plain = self.lm_head(final_hidden_states(target, tokens)).float()
+        target.train(was_training)
+        deviations = {
+            transform: float((transform(plain) - expected).abs().max()) for transform in _known_transforms(target)
+        }
+        self.transform = min(deviations, key=lambda transform: deviations[transform])
+        if deviations[self.transform] > TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise ValueError(
+                f"{type(target).__name__} changes its logits in a way that is not known here; its own loss cannot be "
+                "taken, so only method 'medusa1' can train heads for it"
+            )
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,  # [..., hidden_size]
+    ) -> torch.Tensor:
+        """Return ``[..., vocab_size]``."""
+        return self.transform(self.lm_head(hidden))
+
+
+def _known_transforms(target: PreTrainedModel) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """List what the target's config may mean: nothing, a factor (Cohere), a divisor (Granite), a cap (Gemma 2)."""
+    config = target.config.get_text_config()
+    transforms: list[Callable[[torch.Tensor], torch.Tensor]] = [partial(_scaled, 1.0)]
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
+        scale = getattr(config, name, None)
+        if scale is not None:
+            transforms += [partial(_scaled, scale), partial(_scaled, 1 / scale)]
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        transforms.append(partial(_capped, cap))
+    return transforms
+
+
+def _scaled(factor: float, logits: torch.Tensor) -> torch.Tensor:
+    return logits if factor == 1.0 else logits * factor
+
+
+def _capped(cap: float, logits: torch.Tensor) -> torch.Tensor:
+    return cap * torch.tanh(logits / cap)

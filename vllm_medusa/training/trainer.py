@@ -1,0 +1,239 @@
+"""The loop around both ways of training: ``transformers.Trainer``, which keeps only what is trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from vllm_medusa.training.accuracy import HeldOut
+from vllm_medusa.training.config import Recipe
+from vllm_medusa.training.progress import ProgressBar
+from vllm_medusa.training.schedule import cosine_with_warmup
+
+Blocks = Dataset[dict[str, torch.Tensor]] | Sequence[dict[str, torch.Tensor]]
+"""Blocks of one length, each ``{"input_ids": [length], "labels": [length]}``, int64."""
+
+UNFINISHED = ".unfinished"
+"""Where a checkpoint is written before it takes its name; what a killed run leaves there is never read."""
+
+
+def training_arguments(recipe: Recipe, output: Path, **options: Any) -> TrainingArguments:
+    """Translate a recipe for ``transformers.Trainer``; nothing is saved, evaluated or sent unless it is asked for."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(output),
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "warmup_steps": recipe.warmup_steps,
+        "seed": recipe.seed,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 10,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+    }
+    return TrainingArguments(**(defaults | options))
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are trained alike.
+
+    Attributes:
+        parameters: the parameters.
+        learning_rate: their highest learning rate.
+        factor: the factor on it, from the step and the number of all steps.
+
+    """
+
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    factor: Callable[[int, int], float]
+
+
+class MedusaTrainer(Trainer):
+    """Trains a module that holds a ``target`` and its ``heads``.
+
+    Checkpoints hold what is trained, the optimizer, the schedule and the state of all chance; never a frozen target.
+    The module's ``forward(input_ids, labels)`` returns a mapping: ``loss`` and, in training, further losses to log; in
+    evaluation, the arguments of ``HeldOut.of`` in their order. A step's loss is the mean over its batches and devices.
+
+    Args:
+        model: the module.
+        recipe: the settings.
+        arguments: the settings of ``transformers.Trainer``.
+        blocks: what to train on.
+        held_out: what to judge on.
+        show_progress: whether to draw a progress bar.
+        callbacks: further callbacks of ``transformers.Trainer``.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+        blocks: Blocks,
+        held_out: Blocks,
+        show_progress: bool = True,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.recipe = recipe
+        self._progress = ProgressBar("Medusa heads")
+        self._checkpoint_root: Path | None = None
+        self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=blocks,
+            eval_dataset=held_out,
+            compute_metrics=_metrics,
+            callbacks=[*callbacks, *([self._progress] if show_progress else [])],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def fit(self, resume_from: Path | None = None) -> HeldOut:
+        """Train, from a checkpoint if one is given, and judge the result.
+
+        Raises:
+            OSError: a checkpoint cannot be written.
+
+        """
+        try:
+            self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        finally:
+            self._progress.close()
+        return HeldOut.of(*self.predict(self.eval_dataset).predictions)
+
+    def parameter_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
+        """Say how the trained parameters, given by name, are trained."""
+        return [ParameterGroup(list(parameters.values()), self.recipe.learning_rate, self.heads_factor)]
+
+    def heads_factor(self, step: int, total: int) -> float:
+        """Return the factor on the heads' learning rate."""
+        return cosine_with_warmup(step, self.recipe.warmup_steps, total)
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Return the parameters that are trained, by their names in the module; all devices must call it."""
+        trained = _trained_parameters(self.model)
+        if not self.is_fsdp_enabled:
+            return {name: parameter.detach() for name, parameter in trained.items()}
+        whole = self.accelerator.get_state_dict(self.model)
+        return {name: tensor for name, tensor in whole.items() if name in trained}
+
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LambdaLR | None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW for the parameters that are trained."""
+        if self.optimizer is None:
+            self._groups = self.parameter_groups(_trained_parameters(self.model if model is None else model))
+            self.optimizer = AdamW(
+                [{"params": group.parameters, "lr": group.learning_rate} for group in self._groups],
+                weight_decay=self.recipe.weight_decay,
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Make the schedule of each group's learning rate."""
+
+        def at_each_step(factor: Callable[[int, int], float]) -> Callable[[int], float]:
+            return lambda step: factor(step, num_training_steps)
+
+        if self.lr_scheduler is None:
+            scheduled = self.create_optimizer() if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(scheduled, [at_each_step(group.factor) for group in self._groups])
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss and keep its parts for the log."""
+        outputs = model(**inputs)
+        if model.training:
+            for name, value in outputs.items():
+                if name != "loss":
+                    self._parts[name].append(value.detach())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss's parts to what is logged."""
+        if "loss" in logs:
+            logs = logs | {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        trained = _trained_parameters(self.model)
+        state = trained if state_dict is None else {name: state_dict[name] for name in trained}
+        super()._save(output_dir, {name: tensor.detach().contiguous() for name, tensor in state.items()})
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._checkpoint_root is None else str(self._checkpoint_root)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and rename it, so that one that has its name is whole."""
+        root = Path(self.args.output_dir)
+        self._checkpoint_root = root / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(self._checkpoint_root, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                (self._checkpoint_root / name).rename(root / name)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"cannot write a checkpoint to {root}: {error}") from None
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._checkpoint_root, ignore_errors=True)
+            self._checkpoint_root = None
+        if self.args.should_save:
+            rotate_checkpoints(str(root), self.args.save_total_limit)
+
+
+def is_of_heads(name: str) -> bool:
+    """Whether a parameter belongs to the heads rather than to the target."""
+    return name.startswith("heads.")
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the trained parameters as the module itself does, without what FSDP puts in front."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return HeldOut.of(*prediction.predictions).metrics()

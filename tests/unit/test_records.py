@@ -67,7 +67,7 @@ def test_a_record_survives_being_written():
         ({"messages": []}, "no turn is the assistant's"),
         (
             {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": " \n"}]},
-            r"conversations\.1: this turn of the assistant is empty",
+            r"message 2 \(counted from 1\), the assistant's, is empty",
         ),
         ({"prompt": "Hello?", "completion": ""}, "completion: .* at least 1 character"),
         ({"text": ""}, "text: .* at least 1 character"),
@@ -90,6 +90,14 @@ def test_json_lines_an_array_and_plain_text_are_read(tmp_path: Path):
     assert read(written(tmp_path, "array.json", f"\n {array}\n")) == expected
     assert read(written(tmp_path, "plain.txt", "one\n\n two \r\n")) == [Text(text="one"), Text(text="two")]
     assert read(written(tmp_path, "empty.jsonl", "")) == []
+
+
+def test_a_directory_stands_for_its_json_lines_in_order(tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"{tmp_path} is a directory without \.jsonl files"):
+        read(tmp_path)
+    for name, text in (("b.jsonl", '{"text": "b"}'), ("a.jsonl", '{"text": "a"}'), ("manifest.json", "{}")):
+        written(tmp_path, name, text)
+    assert read(tmp_path) == [Text(text="a"), Text(text="b")]
 
 
 def test_a_bad_line_is_named(tmp_path: Path):

@@ -28,7 +28,7 @@ def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, lengt
     The data set is in memory (8 bytes per token); nothing is written to the cache of ``datasets``.
 
     Args:
-        files: what ``read_lines`` takes.
+        files: what ``parsed_lines`` takes.
         tokenizer: the target's.
         length: tokens per block.
         bad_lines: whether a bad line ends the reading, or is skipped; the number of skipped lines is logged.

@@ -81,7 +81,7 @@ class BadLineCounter:
 
 
 def read_records(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Record]]:
-    """Read training records, one after another; see ``read_lines`` for the files and ``parse_record`` for a line."""
+    """Read training records, one after another; see ``parsed_lines`` for the files and ``parse_record`` for a line."""
     return parsed_lines(files, parse_record, bad_lines)
 
 
@@ -91,23 +91,31 @@ def parsed_lines(
     """Read files and make something of every line.
 
     Args:
-        files: what ``read_lines`` takes.
+        files: what ``read_lines`` takes; a directory stands for its ``.jsonl`` files, in the order of their names.
         parse: takes a line's JSON value; raises ``ValueError`` with the reason where it is no good.
         bad_lines: what happens then.
 
     Raises:
         BadLineError: a line is no good and bad lines are refused.
-        ValueError: see ``read_lines``.
+        ValueError: a directory holds no ``.jsonl`` file, or see ``read_lines``.
         OSError: a file cannot be read.
 
     """
-    for source, value in chain.from_iterable(read_lines(file, bad_lines) for file in files):
+    for source, value in chain.from_iterable(read_lines(file, bad_lines) for path in files for file in _files(path)):
         try:
             parsed = parse(value)
         except ValueError as error:
             bad_lines.add(source, error)
         else:
             yield source, parsed
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if files := sorted(path.glob("*.jsonl")):
+        return files
+    raise ValueError(f"{path} is a directory without .jsonl files")
 
 
 def read_lines(file: Path, bad_lines: BadLineCounter) -> Iterator[tuple[Source, Any]]:

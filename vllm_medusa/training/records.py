@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
@@ -27,26 +27,20 @@ def _openai_role(name: Any) -> Any:
     return SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
 
 
-class _Frozen(BaseModel):
-    """Published sets carry keys of their own (an id, a source, a language); they are passed over."""
+class FrozenModel(BaseModel):
+    """A part of a record. Published sets carry keys of their own (an id, a language); they are passed over."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Message(_Frozen):
+class Message(FrozenModel):
     """One turn of a conversation, in OpenAI's form or ShareGPT's."""
 
     role: Annotated[Role, BeforeValidator(_openai_role), Field(validation_alias=AliasChoices("role", "from"))]
     content: Annotated[str, Field(validation_alias=AliasChoices("content", "value"))]
 
-    @model_validator(mode="after")
-    def _says_something(self) -> Self:
-        if self.role is not Role.SYSTEM and not self.content.strip():
-            raise ValueError(f"this turn of the {self.role} is empty")
-        return self
 
-
-class TurnTokens(_Frozen):
+class TurnTokens(FrozenModel):
     """The very tokens of an assistant's turn.
 
     Attributes:
@@ -59,13 +53,13 @@ class TurnTokens(_Frozen):
     completion_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
 
 
-class Text(_Frozen):
+class Text(FrozenModel):
     """A document: all of it is learnt."""
 
     text: str = Field(min_length=1)
 
 
-class Completion(_Frozen):
+class Completion(FrozenModel):
     """A prompt, and its continuation, which alone is learnt.
 
     Attributes:
@@ -80,7 +74,7 @@ class Completion(_Frozen):
     tokens: tuple[TurnTokens, ...] = Field(default=(), max_length=1)
 
 
-class Conversation(_Frozen):
+class Conversation(FrozenModel):
     """Messages, of which the assistant's are learnt.
 
     Attributes:
@@ -94,12 +88,25 @@ class Conversation(_Frozen):
 
     @model_validator(mode="after")
     def _has_answers(self) -> Self:
+        refuse_empty_turns(self.messages, Role.USER, Role.ASSISTANT)
         answers = sum(message.role is Role.ASSISTANT for message in self.messages)
         if answers == 0:
             raise ValueError("no turn is the assistant's, so there is nothing to learn")
         if len(self.tokens) not in (0, answers):
             raise ValueError(f"there are tokens of {len(self.tokens)} turns, but the assistant has {answers}")
         return self
+
+
+def refuse_empty_turns(messages: Sequence[Message], *roles: Role) -> None:
+    """Check that everybody of these roles says something whenever he speaks.
+
+    Raises:
+        ValueError: somebody does not.
+
+    """
+    for number, message in enumerate(messages, start=1):
+        if message.role in roles and not message.content.strip():
+            raise ValueError(f"message {number} (counted from 1), the {message.role}'s, is empty")
 
 
 Record = Text | Completion | Conversation

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tests.unit.evaluated import HEADS, PROMPTS, write_random_heads, write_target
+from vllm_medusa.cli import app
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    write_target(directory / "target")
+    write_random_heads(directory / "heads")
+    (directory / "prompts.txt").write_text("\n".join(PROMPTS))
+    return directory
+
+
+def evaluate(models: Path, heads: Path, *arguments: object) -> Result:
+    options = ["eval", "--model", models / "target", "--heads", heads, "--prompts", models / "prompts.txt"]
+    return CliRunner().invoke(app, list(map(str, [*options, "--new-tokens", 8, *arguments])))
+
+
+def test_the_command_prints_tables_and_leaves_numbers_a_picture_and_the_tree(models: Path, tmp_path: Path) -> None:
+    heads = shutil.copytree(models / "heads", tmp_path / "heads")
+    files = ["--output", tmp_path / "eval.json", "--plot", tmp_path / "eval.png"]
+    result = evaluate(models, heads, "--write", "--nodes", 6, "--ranks", 5, *files)
+    assert result.exit_code == 0, result.output
+    assert "Right token among a head's first" in result.stdout
+    assert "Expected tokens per step" in result.stdout
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert (len(results["medusa_accuracies"]), len(results["medusa_accuracies"][0])) == (HEADS, 5)
+    assert results["texts"] == len(PROMPTS)
+    trees = [(tree["kind"], tree["nodes"]) for tree in results["expected_acceptance_length"]]
+    assert trees == [("chain", HEADS), ("best", 4), ("best", 8), ("best", 16), ("best", 32), ("best", 64)]
+    lengths = [tree["tokens_per_step"] for tree in results["expected_acceptance_length"][1:]]
+    assert lengths == sorted(lengths)
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((heads / "config.json").read_text())
+    assert len(config["medusa_tree"]) == 6
+    assert config["medusa_accuracies"] == results["medusa_accuracies"]
+
+
+def test_nothing_is_written_unasked(models: Path, tmp_path: Path) -> None:
+    heads = shutil.copytree(models / "heads", tmp_path / "heads")
+    before = (heads / "config.json").read_bytes()
+    assert evaluate(models, heads).exit_code == 0
+    assert (heads / "config.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", 1, "--nodes", 4, "--write"], "3 heads and --ranks 1 give trees of up to 3 nodes, got --nodes 4"),
+        (["--data", "some.jsonl"], "give either --prompts"),
+        (["--new-tokens", 8, "--max-length", 4], "new_tokens must be less than max_length (4), got 8"),
+        (["--heads", "missing"], "missing"),
+        (["--model", "missing"], "missing is neither a directory nor a repository"),
+        (["--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        (["--output", "missing/eval.json"], "missing/eval.json cannot be written, there is no directory missing"),
+        (["--style", "chat"], "has no chat template"),
+    ],
+)
+def test_an_error_is_one_line_and_exits_with_2(models: Path, arguments: list[object], message: str) -> None:
+    result = evaluate(models, models / "heads", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr

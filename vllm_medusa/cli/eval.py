@@ -1,0 +1,81 @@
+"""``vllm-medusa eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_medusa.cli.errors import one_line_errors
+from vllm_medusa.training.dialogue import PromptStyle
+from vllm_medusa.training.record_files import BadLines
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="The target: a directory, or a repository on the Hugging Face Hub.")],
+    heads: Annotated[Path, typer.Option(help="The heads' directory, as training or convert wrote it.")],
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Files of prompts (.txt, a prompt a line, or .jsonl); the target goes on.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Files of text that the target has written already, instead of prompts.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens that the target writes after a prompt.")] = 128,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 2048,
+    ranks: Annotated[int, typer.Option(min=1, help="First tokens of each head that are looked at.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 8,
+    style: Annotated[
+        PromptStyle | None,
+        typer.Option(help="How prompts reach the target; left out, in its chat template if it has one."),
+    ] = None,
+    bad_lines: Annotated[BadLines, typer.Option(help="What to do about a line that is no good.")] = BadLines.REFUSE,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes of the tree to write; left out, serving chooses how many.")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Put the tree and the accuracies into the heads.")] = False,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all numbers.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG file for the picture.")] = None,
+) -> None:
+    """Measure heads on held-out text that their target writes, and grow the best trees from what they get right."""
+    with one_line_errors():
+        from rich.console import Console
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        from vllm_medusa.model.hub import local_directory
+        from vllm_medusa.training.calibration import Calibration, write_calibration
+        from vllm_medusa.training.evaluation import evaluate_heads, load_heads
+        from vllm_medusa.training.evaluation_report import TREE_SIZES, draw, print_tables, write_results
+        from vllm_medusa.training.evaluation_text import Sources, held_out_samples
+        from vllm_medusa.tree.static import MAX_NODES, available_nodes
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        for path in (output, plot):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; make it first")
+        sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
+        directory = local_directory(model)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        target = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map="auto").eval()
+        loaded_heads = load_heads(heads, directory, target)
+        num_heads = loaded_heads.spec.num_heads
+        most = min(MAX_NODES, available_nodes(num_heads, ranks))
+        if nodes is not None and nodes > most:
+            raise ValueError(
+                f"{num_heads} heads and --ranks {ranks} give trees of up to {most} nodes, got --nodes {nodes}"
+            )
+        samples = held_out_samples(target, tokenizer, sources, batch_size)
+        evaluation = evaluate_heads(target, loaded_heads, samples, ranks, batch_size)
+        calibration = Calibration.of(evaluation.accuracies, max(nodes or 0, *TREE_SIZES))
+        print_tables(evaluation, calibration, Console())
+        if output is not None:
+            details = {"model": model, "heads": str(heads), "texts": len(samples)}
+            write_results(output, evaluation, calibration, details)
+        if plot is not None:
+            draw(plot, evaluation, calibration)
+        if write:
+            write_calibration(heads, calibration, nodes)
+            tree = "grown to the size that serving asks for" if nodes is None else f"of {nodes} nodes"
+            typer.echo(f"{heads}: written medusa_accuracies, and for medusa_tree the best tree {tree}")

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field, SkipValidation, ValidationError
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_medusa.model.config import MODEL_TYPE, MedusaHeadsConfig
-from vllm_medusa.tree.static import StaticTree, best_first, cartesian, chain, from_choices, validate_depth
+from vllm_medusa.plugin import ENGINE_METHOD
+from vllm_medusa.tree.options import TreeOptions
+from vllm_medusa.tree.static import StaticTree, from_choices
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PROPOSER = "vllm_medusa.proposer.MedusaProposer"
-"""Where vLLM's ``custom_class`` method finds our proposer."""
+"""What ``model`` becomes: where vLLM's V1 runner finds our proposer."""
 
-WORKERS = {"cpu": "vllm_medusa.runner.worker.MedusaCPUWorker"}
+WORKERS = {
+    "cpu": "vllm_medusa.runner.cpu_worker.MedusaCPUWorker",
+    "cuda": "vllm_medusa.runner.gpu_worker.MedusaGPUWorker",
+}
 """The worker class for each platform (``current_platform.device_type``)."""
 
-DEFAULT_NODES = {"cpu": 7}
+DEFAULT_NODES = {"cpu": 7, "cuda": 31}
 """Nodes of a sparse tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so few."""
 
-PUBLISHED_ACCURACIES = (
-    (0.560, 0.112, 0.055, 0.033, 0.020),
-    (0.316, 0.108, 0.061, 0.043, 0.034),
-    (0.201, 0.087, 0.060, 0.035, 0.034),
-)
-"""Accuracy of each rank, heads 1 to 3 of Vicuna-7B v1.3 (Medusa-1): what a sparse tree grows from when the checkpoint
-holds no accuracies of its own."""
+CACHE_DTYPES = {
+    "cpu": ("auto", "float16", "bfloat16"),
+    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+}
+"""KV caches under which each platform's attention can mask a branching tree."""
 
 VLLM_OPTIONS = ("method", "model", "num_speculative_tokens", "draft_tensor_parallel_size", "revision", "code_revision")
 """vLLM's own speculative options that mean something to Medusa heads; the others are refused."""
@@ -48,9 +48,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     ``num_speculative_tokens`` is the most tree nodes per request, the root not counted. Defaults come from the heads'
     checkpoint, then from here.
 
-    Once constructed, ``method`` and ``model`` name our proposer in the terms of vLLM's own extension point, the method
-    ``custom_class``, which vLLM 0.33 has kept while it dropped its own ``medusa``; ``draft_model_config.model`` is the
-    heads' checkpoint, and ``medusa_tree`` is resolved to explicit choices.
+    Once constructed, ``method`` is ``plugin.ENGINE_METHOD``, ``model`` names our proposer, ``draft_model_config.model``
+    is the heads' checkpoint, and ``medusa_tree`` is resolved to explicit choices.
 
     Raises:
         ValueError: an option is wrong, does not fit the heads, or asks for what the target cannot do; one line that
@@ -58,7 +57,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     """
 
-    method: Literal["medusa", "custom_class"] = "medusa"
+    method: Literal["medusa", "vllm_medusa", "custom_class"] = "medusa"
     model: str | None = None
     """The heads' checkpoint: a directory or a Hugging Face repository."""
     medusa_tree: SkipValidation[MedusaTree | None] = None
@@ -111,11 +110,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             self.draft_tensor_parallel_size or self.target_parallel_config.tensor_parallel_size,
         )
         self._fit_heads_to_target()
-        tree = self._resolve_tree(self.medusa_tree if self.medusa_tree is not None else self.heads.medusa_tree)
+        tree = self._resolve_tree()
         self.num_speculative_tokens = len(tree) - 1
         self.medusa_tree = tree.choices
         self._check_branching(tree)
-        self.method = "custom_class"
+        self.method = ENGINE_METHOD
         self.model = PROPOSER
         self._choose_worker()
 
@@ -179,48 +178,18 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                 f"{heads.truncated_vocab_size}, the target has {heads.vocab_size} tokens; correct config.json"
             )
 
-    def _resolve_tree(self, wanted: Any) -> StaticTree:
-        """Build the tree that the options ask for and cut it to ``num_speculative_tokens``."""
-        num_heads, nodes = self.heads.num_heads, self.num_speculative_tokens
-        if wanted is None or wanted == "sparse":
-            tree = self._sparse_tree(nodes)
-        elif wanted == "chain":
-            tree = chain(num_heads)
-        elif isinstance(wanted, str):
-            return self._resolve_tree(_read_tree(wanted))
-        elif not isinstance(wanted, list):
-            raise ValueError(
-                f'medusa_tree: {wanted!r} is none of "sparse", "chain", a Cartesian product such as [4, 2, 2], '
-                "explicit choices such as [[0], [0, 0], [1]], or a JSON file"
-            )
-        elif wanted and not isinstance(wanted[0], list):
-            tree = cartesian(wanted)
-        else:
-            tree = from_choices(wanted)
-        validate_depth(tree, num_heads)
-        if tree.top_k > (self.heads.truncated_vocab_size or tree.top_k):
-            raise ValueError(
-                f"medusa_tree: rank {tree.top_k - 1} is asked for, but the heads know "
-                f"{self.heads.truncated_vocab_size} tokens; give smaller ranks"
-            )
-        return tree if nodes is None else tree.prefix(nodes + 1)
-
-    def _sparse_tree(self, nodes: int | None) -> StaticTree:
-        stored = self.heads.medusa_accuracies or PUBLISHED_ACCURACIES
-        try:
-            accuracies = torch.tensor(stored)
-            _, _ = accuracies.shape
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"medusa_accuracies: the heads' config.json holds {stored!r}, which is no matrix [heads, ranks]; "
-                "calibrate the heads again"
-            ) from error
-        accuracies = accuracies[: self.heads.num_heads, : self.medusa_top_k]
-        if nodes is None:
-            heads, ranks = accuracies.shape
-            available = sum(ranks**depth for depth in range(1, heads + 1))
-            nodes = min(available, DEFAULT_NODES[current_platform.device_type])
-        return best_first(accuracies, nodes)
+    def _resolve_tree(self) -> StaticTree:
+        """Build the tree that the options ask for, else the one that the checkpoint names."""
+        heads = self.heads
+        options = TreeOptions(
+            num_heads=heads.num_heads,
+            num_tokens=heads.truncated_vocab_size or heads.vocab_size,
+            accuracies=heads.medusa_accuracies,
+            nodes=self.num_speculative_tokens,
+            default_nodes=DEFAULT_NODES[current_platform.device_type],
+            top_k=self.medusa_top_k,
+        )
+        return options.build(self.medusa_tree if self.medusa_tree is not None else heads.medusa_tree)
 
     def _check_target(self) -> None:
         """Refuse targets that Medusa cannot serve, whatever the tree."""
@@ -241,7 +210,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             "encoder-decoder models": target.is_encoder_decoder,
             "pooling models": target.runner_type == "pooling",
             "pipeline parallelism": self.target_parallel_config.pipeline_parallel_size > 1,
-            "context parallelism": self.target_parallel_config.decode_context_parallel_size > 1,
+            "context parallelism": max(
+                self.target_parallel_config.decode_context_parallel_size,
+                self.target_parallel_config.prefill_context_parallel_size,
+            )
+            > 1,
+            "batch-sharded sampling": bool(self.target_parallel_config.enable_batch_sharded_sampling),
         }
         for what, asked in unsupported.items():
             if asked:
@@ -292,7 +266,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
         return
     dtype = vllm_config.cache_config.cache_dtype
     unsupported = {
-        f"a quantised KV cache (kv_cache_dtype {dtype!r})": dtype not in ("auto", "float16", "bfloat16"),
+        f"a quantised KV cache (kv_cache_dtype {dtype!r})": dtype not in CACHE_DTYPES[current_platform.device_type],
         "a KV connector (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
         "kv_sharing_fast_prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
         "micro-batches (enable_dbo)": vllm_config.parallel_config.use_ubatching,
@@ -302,20 +276,6 @@ def check_engine(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f'medusa_tree: a branching tree does not work with {what}; drop it, or give medusa_tree "chain"'
             )
-
-
-def _read_tree(path: str) -> Any:
-    """Read a tree from a JSON file: the tree itself, or an object that holds it as ``medusa_tree``."""
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f'medusa_tree: {path!r} is none of "sparse", "chain", a list, or a readable JSON file ({error})'
-        ) from error
-    tree = stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored
-    if not isinstance(tree, list) and tree not in ("sparse", "chain"):
-        raise ValueError(f'medusa_tree: {path!r} holds {tree!r}; it must hold "sparse", "chain" or a list')
-    return tree
 
 
 def _in_one_line(error: Exception) -> str:

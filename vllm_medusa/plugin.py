@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
 METHOD = "medusa"
 """The value of ``method`` in ``--speculative-config`` that asks for this plugin."""
+
+ENGINE_METHOD: Final = "vllm_medusa"
+"""What ``method`` is in such an engine: a name that vLLM knows nothing of, so that it takes it for none of its own."""
 
 
 def register() -> None:
@@ -30,7 +33,8 @@ def register() -> None:
     if not is_supported():
         return  # The method is refused by name; nothing else may reach into a vLLM that is not known here.
 
-    from vllm.config import VllmConfig
+    from vllm.config import speculative
+    from vllm.config import vllm as engine_config
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.sampling_params import SamplingParams
     from vllm.transformers_utils import config as hf_configs
@@ -43,10 +47,8 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, "vllm_medusa.model.heads:MedusaHeads")
     # vLLM refuses min_p and logit_bias under speculation, for its rejection sampler; our draws are the plain sampler's.
     SamplingParams._validate_spec_decode = _unless_medusa(SamplingParams._validate_spec_decode)
-    # vLLM keeps custom proposers away from model runner V2, which has no place for one; our adapter to V2 makes one.
-    VllmConfig._get_v2_model_runner_unsupported_features = _knowing_the_v2_adapter(
-        VllmConfig._get_v2_model_runner_unsupported_features
-    )
+    # Asynchronous scheduling is for methods in closed lists; ours, under a name that is nobody else's, joins one.
+    engine_config.NgramGPUTypes = Literal[*get_args(speculative.NgramGPUTypes), ENGINE_METHOD]
 
 
 def _with_medusa(create: Any) -> Any:
@@ -91,18 +93,3 @@ def _unless_medusa(validate: Any) -> Any:
             validate(self, speculative_config)
 
     return validate_spec_decode
-
-
-def _knowing_the_v2_adapter(collect: Any) -> Any:
-    """Wrap ``VllmConfig._get_v2_model_runner_unsupported_features`` so that Medusa's method is not among them."""
-
-    @wraps(collect)
-    def unsupported_features(self: VllmConfig) -> list[str]:
-        from vllm_medusa.config import medusa_config
-
-        unsupported = collect(self)
-        if (options := medusa_config(self)) is None:
-            return unsupported
-        return [feature for feature in unsupported if feature != f"speculative method '{options.method}'"]
-
-    return unsupported_features

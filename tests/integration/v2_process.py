@@ -12,6 +12,7 @@ from typing import Any
 from tests import triton_interpreter  # noqa: F401
 
 # isort: split
+import torch
 from vllm import LLM, SamplingParams
 
 KINDS: tuple[dict[str, Any], ...] = (
@@ -23,8 +24,42 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 
 
+def use_triton_attention() -> None:
+    """Give every layer the attention that GPUs have: the CPU platform knows one backend, so that one is overridden."""
+    from contextlib import nullcontext
+
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from vllm_medusa.runner import v2_cpu
+    from vllm_medusa.runner.commit_kernel import KernelCommit
+
+    # vLLM's cache-write kernel asks what its device can do before it chooses a tile.
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_medusa.attention.triton.TreeTritonAttentionBackend")
+    v2_cpu.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
+    v2_cpu.MedusaModelRunner.commit_class = KernelCommit
+
+
+def allow_async_scheduling() -> None:
+    """Keep the CPU platform, which sees no use in it, from turning asynchronous scheduling off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+
+
 def main(order: dict[str, Any]) -> None:
     heads = order.get("heads")
+    if order.get("async_scheduling"):
+        allow_async_scheduling()
+    if order.get("attention") == "triton":
+        use_triton_attention()
     llm = LLM(
         order["model"],
         speculative_config={"method": "medusa", "model": heads, "medusa_tree": order["tree"]} if heads else None,
@@ -36,6 +71,7 @@ def main(order: dict[str, Any]) -> None:
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=1 << 26,
         disable_log_stats=False,
+        async_scheduling=order.get("async_scheduling", False),
     )
     params = []
     for index in range(len(order["prompts"])):
@@ -50,6 +86,7 @@ def main(order: dict[str, Any]) -> None:
         json.dumps(
             {
                 "runner": type(runner).__module__,
+                "scheduler": type(llm.llm_engine.engine_core.engine_core.scheduler).__name__,
                 "texts": [list(output.outputs[0].token_ids) for output in outputs],
                 "logprobs": [
                     [

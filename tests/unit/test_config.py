@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_medusa.config import DEFAULT_NODES, PROPOSER, MedusaSpeculativeConfig, check_engine, medusa_config
+from vllm_medusa.plugin import ENGINE_METHOD
 from vllm_medusa.tree.static import MAX_NODES, cartesian
 
 LLAMA = {
@@ -82,8 +83,8 @@ def test_the_method_and_the_heads_are_all_that_must_be_given(models: Models) -> 
     assert medusa.num_speculative_tokens == DEFAULT_NODES["cpu"] == len(medusa.static_tree) - 1
     assert not medusa.static_tree.topology.is_chain
     assert medusa.heads.num_heads == 4
-    assert (medusa.method, medusa.model) == ("custom_class", PROPOSER)
-    assert config.parallel_config.worker_cls == "vllm_medusa.runner.worker.MedusaCPUWorker"
+    assert (medusa.method, medusa.model) == (ENGINE_METHOD, PROPOSER)
+    assert config.parallel_config.worker_cls == "vllm_medusa.runner.cpu_worker.MedusaCPUWorker"
 
 
 def test_flags_say_the_same_as_the_json(models: Models) -> None:
@@ -274,8 +275,24 @@ def test_the_largest_tree_is_accepted(models: Models) -> None:
 
 
 def test_another_platform_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="tpu"))
+    assert "method 'medusa' runs on ['cpu', 'cuda'], not on 'tpu'" in models.refusal({})
+
+
+def test_a_gpu_gets_its_worker_and_a_wider_tree(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
-    assert "method 'medusa' runs on ['cpu'], not on 'cuda'" in models.refusal({})
+    config = models.configure({})
+    assert config.parallel_config.worker_cls == "vllm_medusa.runner.gpu_worker.MedusaGPUWorker"
+    assert config.speculative_config.num_speculative_tokens == DEFAULT_NODES["cuda"] > DEFAULT_NODES["cpu"]
+
+
+def test_a_gpu_takes_a_branching_tree_with_an_fp8_cache(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
+    monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
+    check_engine(config)
+    config.cache_config.cache_dtype = "int8_per_token_head"
+    with pytest.raises(ValueError, match="quantised KV cache"):
+        check_engine(config)
 
 
 def test_another_worker_class_is_refused(models: Models) -> None:

@@ -22,7 +22,8 @@ from vllm_medusa.attention.cpu import (
     TreeCPUAttentionMetadataBuilder,
 )
 from vllm_medusa.attention.reference import tree_attention
-from vllm_medusa.runner.step import TreeTable, plan_step
+from vllm_medusa.runner.step import plan_step
+from vllm_medusa.tree.layout import TreeTable
 from vllm_medusa.tree.static import cartesian
 from vllm_medusa.tree.topology import DraftTree
 
@@ -150,14 +151,14 @@ class Step:
         ends = self.start[1:].tolist()
         token = torch.cat([torch.arange(end - n - 1, end) for end, n in zip(ends, num_drafts, strict=True)])
         plan = plan_step(
-            TreeTable.build(drafted or [DraftTree.chain(0)]),
-            kind=torch.tensor([next(kinds) if request.tree is not None else 0 for request in self.requests]),
-            num_drafts=torch.tensor(num_drafts),
+            TreeTable(drafted or [DraftTree.chain(0)]),
+            kind=[next(kinds) if request.tree is not None else 0 for request in self.requests],
+            num_drafts=num_drafts,
             token=token,
             token_ids=torch.zeros(int(self.start[-1]), dtype=torch.int32),
             seq_lens=self.seq_lens,
         )
-        self.builder.trees = plan.queries
+        self.builder.rows = plan.rows
         slots = [
             self.slots(index, request.context, request.context + request.rows)
             for index, request in enumerate(self.requests)

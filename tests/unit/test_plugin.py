@@ -3,11 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from packaging.version import Version
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import SpeculativeConfig, speculative
+from vllm.config import vllm as engine_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.registry import ModelRegistry
@@ -15,12 +16,11 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_medusa import compat
 from vllm_medusa.model.config import ARCHITECTURE
-from vllm_medusa.plugin import register
+from vllm_medusa.plugin import ENGINE_METHOD, register
 
 WRAPPED: list[tuple[type, str]] = [
     (EngineArgs, "create_speculative_config"),
     (SamplingParams, "_validate_spec_decode"),
-    (VllmConfig, "_get_v2_model_runner_unsupported_features"),
 ]
 
 
@@ -80,6 +80,12 @@ def test_an_engine_that_does_not_ask_for_medusa_gets_what_vllm_makes(
     assert engine_args.create_speculative_config("model", "parallel") == "vLLM's"
     assert seen == [(engine_args, "model", "parallel")]
     assert engine_args.speculative_config == options
+
+
+def test_asynchronous_scheduling_is_open_to_our_method_besides_those_of_vllm() -> None:
+    register()
+    assert get_args(engine_config.NgramGPUTypes) == (*get_args(speculative.NgramGPUTypes), ENGINE_METHOD)
+    assert ENGINE_METHOD not in get_args(speculative.SpeculativeMethod)
 
 
 def test_vllm_still_refuses_min_p_under_its_own_speculation() -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.unit.strategies import VOCABULARY, batch_of, deterministic, token_trees, trees
 from vllm_medusa.acceptance.exact import walk
-from vllm_medusa.runner.step import StepPlan, TreeTable, kv_moves, plan_step
+from vllm_medusa.runner.step import StepPlan, kv_moves, plan_step
+from vllm_medusa.tree.layout import TreeTable
 from vllm_medusa.tree.topology import DraftTree
 
 
@@ -47,9 +48,9 @@ class Case:
 
     def plan(self) -> StepPlan:
         return plan_step(
-            TreeTable.build(self.table),
-            kind=torch.tensor([request.kind for request in self.requests]),
-            num_drafts=torch.tensor([request.rows - 1 for request in self.requests]),
+            TreeTable(self.table),
+            kind=[request.kind for request in self.requests],
+            num_drafts=[request.rows - 1 for request in self.requests],
             token=torch.tensor([token for index in range(len(self.requests)) for token in self.tokens_of(index)]),
             token_ids=self.token_ids,
             seq_lens=torch.tensor([request.context + request.rows for request in self.requests], dtype=torch.int32),
@@ -89,16 +90,16 @@ def test_rows_lie_request_by_request_with_the_parents_and_depths_of_their_tree(c
             assert plan.trees.parent[row] == (first + parent if local else -1)
             assert plan.trees.token[row] == case.token_ids[token]
             assert plan.token[row] == token
-            assert plan.depth[row] == depth_of(tree, local)
+            assert plan.rows.layout.depth[row] == depth_of(tree, local)
             row += 1
-    assert len(plan.trees.parent) == len(plan.depth) == row
+    assert len(plan.trees.parent) == len(plan.rows.layout.depth) == row
     assert plan.trees.max_depth == max(case.tree(request).depth for request in case.requests)
 
 
 @deterministic
 @given(cases())
 def test_attention_sees_exactly_the_trees_that_branch(case: Case) -> None:
-    queries = case.plan().queries
+    queries = case.plan().rows.queries
     branching = [index for index, request in enumerate(case.requests) if branches(case.tree(request))]
     if queries is None:
         assert branching == []
@@ -110,7 +111,7 @@ def test_attention_sees_exactly_the_trees_that_branch(case: Case) -> None:
 @deterministic
 @given(cases())
 def test_a_row_attends_to_its_path_and_has_the_position_of_its_depth(case: Case) -> None:
-    queries = case.plan().queries
+    queries = case.plan().rows.queries
     if queries is None:
         return
     for slot, index in enumerate(queries.request.tolist()):
@@ -124,7 +125,7 @@ def test_a_row_attends_to_its_path_and_has_the_position_of_its_depth(case: Case)
 @deterministic
 @given(cases())
 def test_padding_repeats_the_last_row_and_no_row_sees_padding(case: Case) -> None:
-    queries = case.plan().queries
+    queries = case.plan().rows.queries
     if queries is None:
         return
     widest = max(case.requests[index].rows for index in queries.request.tolist())
@@ -141,7 +142,7 @@ def test_padding_repeats_the_last_row_and_no_row_sees_padding(case: Case) -> Non
 @deterministic
 @given(st.lists(trees(), min_size=1, max_size=4))
 def test_the_table_knows_how_far_each_tree_is_a_chain(table: list[DraftTree]) -> None:
-    for tree, chain_rows in zip(table, TreeTable.build(table).chain_rows.tolist(), strict=True):
+    for tree, chain_rows in zip(table, TreeTable(table).chain_rows.tolist(), strict=True):
         assert chain_rows == max(rows for rows in range(1, len(tree) + 1) if not branches(tree.prefix(rows)))
 
 
@@ -170,4 +171,33 @@ def test_an_accepted_chain_moves_nothing(requests: int, depth: int) -> None:
     plan = Case([DraftTree.chain(depth)], [request] * requests).plan()
     rows = plan.trees.root[:, None] + torch.arange(depth + 1)
     assert [len(moves) for moves in kv_moves(plan.trees, rows)] == [0, 0]
-    assert plan.queries is None
+    assert plan.rows.queries is None
+
+
+@deterministic
+@given(cases())
+def test_rows_are_placed_at_the_position_of_their_depth_and_other_tokens_stay(case: Case) -> None:
+    chain = torch.cat([torch.arange(r.cached, r.context + r.rows) for r in case.requests])
+    placed = chain.clone()
+    case.plan().place(placed)
+    for index, request in enumerate(case.requests):
+        for local, token in enumerate(case.tokens_of(index)):
+            assert placed[token] == request.context + depth_of(case.tree(request), local)
+            chain[token] = placed[token]
+    assert torch.equal(placed, chain)
+
+
+@deterministic
+@given(cases())
+def test_the_bitmask_of_a_row_holds_its_path(case: Case) -> None:
+    words = case.plan().rows.layout.words.tolist()
+    for request in case.requests:
+        for local in range(request.rows):
+            bits = [63 * index + bit for index, word in enumerate(words.pop(0)) for bit in range(63) if word >> bit & 1]
+            assert bits == case.tree(request).path(local)
+
+
+def test_a_layout_asked_for_again_is_the_same_one() -> None:
+    table = TreeTable([DraftTree.chain(2), DraftTree.from_parents([-1, 0, 0])])
+    assert table.layout([0, 1], [2, 1]) is table.layout((0, 1), [2, 1])
+    assert table.layout([0, 1], [2, 1]) is not table.layout([0, 1], [2, 2])

@@ -19,12 +19,15 @@ PACKAGE = Path(__file__).parents[2] / "vllm_medusa"
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
+TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
+BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
 
 SIGNATURES = {
     # Wrapped.
     "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "self, target_model_config, target_parallel_config",
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "self, speculative_config",
-    "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features": "self",
     "vllm.v1.sample.logits_processor:build_logitsprocs": (
         "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs"
     ),
@@ -63,12 +66,24 @@ SIGNATURES = {
     # Overridden: the worker and attention.
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
     f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder._set_isa_to_layers": "self, layer_names",
-    f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder.build": ("self, common_prefix_len, common_attn_metadata, fast_build"),
-    f"{CPU_ATTENTION}:CPUAttentionBackendImpl.forward": (
-        "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
-    ),
+    f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder.build": BUILD,
+    f"{CPU_ATTENTION}:CPUAttentionBackendImpl.forward": FORWARD,
     f"{CPU_ATTENTION}:CPUAttentionBackend.get_impl_cls": "",
     f"{CPU_ATTENTION}:CPUAttentionBackend.get_builder_cls": "",
+    "vllm.v1.worker.gpu_worker:Worker._make_model_runner": "self",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": "cls, vllm_config, kv_cache_spec",
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder.__init__": (
+        "self, kv_cache_spec, layer_names, vllm_config, device"
+    ),
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder.build": BUILD,
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
+    f"{FLASH_ATTENTION}:FlashAttentionImpl.forward": FORWARD,
+    f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.__init__": (
+        "self, kv_cache_spec, layer_names, vllm_config, device"
+    ),
+    f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build": BUILD,
+    f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
+    f"{TRITON_ATTENTION}:TritonAttentionImpl.forward": FORWARD,
     # Stood in for: V2 calls our verifier as it calls this.
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": (
         "self, logits, input_batch, draft_logits, invalid_drafts"
@@ -116,11 +131,21 @@ FIELDS = {
     "vllm.config.cache:CacheConfig": "cache_dtype kv_sharing_fast_prefill",
     "vllm.config.vllm:VllmConfig": "speculative_config kv_transfer_config cache_config parallel_config",
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
-        "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor"
+        "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
+        "slot_mapping positions is_prefilling seq_lens_cpu_upper_bound rswa_prefix_lens req_idx mm_req_doc_ranges "
+        "_num_computed_tokens_cache _token_to_req_indices_cache"
     ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder": "isa block_size",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": (
         "num_kv_heads num_queries_per_kv scale sliding_window logits_soft_cap alibi_slopes sinks"
+    ),
+    f"{FLASH_ATTENTION}:FlashAttentionImpl": (
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window "
+        "supports_quant_query_input"
+    ),
+    f"{TRITON_ATTENTION}:TritonAttentionImpl": (
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback "
+        "supports_quant_query_input"
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups",
     "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_new_reqs",
@@ -154,6 +179,7 @@ FIELDS = {
 """Fields and attributes that the plugin reads or writes; an attribute is one that a class or a base of it sets."""
 
 NAMES = {
+    "vllm.config.vllm": "NgramGPUTypes",
     "vllm.transformers_utils.config": "_CONFIG_REGISTRY _SPECULATIVE_DECODING_CONFIGS",
     "vllm.v1.worker.gpu_model_runner": "build_logitsprocs",
     "vllm.v1.worker.gpu.model_runner": "init_speculator",

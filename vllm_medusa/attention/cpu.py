@@ -137,7 +137,8 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata | TreeCPUAttentionMetadata:
         """Build vLLM's own metadata, or in a step with branching trees ours around it."""
-        trees, common = self.trees, common_attn_metadata
+        trees = self.rows.queries if self.rows is not None else None
+        common = common_attn_metadata
         if trees is None:
             return super().build(common_prefix_len, common, fast_build)
         is_native = torch.ones(common.num_reqs, dtype=torch.bool)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from vllm_medusa.tree.layout import TreeLayout
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -35,21 +38,50 @@ class TreeQueries:
     ancestors: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class TreeRows:
+    """Where the rows of a step's trees are.
+
+    Attributes:
+        layout: the step's trees.
+        token: ``[rows]``, int64: each row's index among the step's tokens.
+        seq_lens: ``[requests]``, int: each request's tokens after this step, all of its rows counted.
+
+    """
+
+    layout: TreeLayout
+    token: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @cached_property
+    def queries(self) -> TreeQueries | None:
+        """The trees that branch, side by side; None if none does."""
+        if (branching := self.layout.branching) is None:
+            return None
+        return TreeQueries(
+            request=branching.request,
+            context=self.seq_lens[branching.request].long() - branching.length,
+            token=self.token[branching.row],
+            depth=branching.depth,
+            ancestors=branching.ancestors,
+        )
+
+
 class TreeMetadataBuilder:
     """Mixin for an attention-metadata builder that can mask trees.
 
-    The model runner announces the trees before each build; None is a step without branching ones.
+    The model runner announces each step's rows before the build; None is a step that is none, such as a warm-up.
     """
 
-    trees: TreeQueries | None = None
+    rows: TreeRows | None = None
 
 
-def announce_trees(groups: Iterable[AttentionGroup], trees: TreeQueries | None) -> None:
+def announce_trees(groups: Iterable[AttentionGroup], rows: TreeRows | None) -> None:
     """Tell the metadata builders of all attention groups what the next build is for."""
     for group in groups:
         for builder in group.metadata_builders:
             if isinstance(builder, TreeMetadataBuilder):
-                builder.trees = trees
+                builder.rows = rows
 
 
 def check_backends(groups: Iterable[AttentionGroup]) -> None:

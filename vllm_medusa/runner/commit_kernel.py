@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_medusa.acceptance.exact import Walk
+from vllm_medusa.runner.commit import cache_owners
+from vllm_medusa.runner.step import StepPlan
 
 WORDS = {torch.int64: tl.int64, torch.int32: tl.int32, torch.int16: tl.int16, torch.uint8: tl.uint8}
 """The types that bytes may be moved as, widest first."""
+
+
+class KernelCommit:
+    """Moves rows as bytes, in one launch a KV cache group where its layers' caches look alike."""
+
+    def __init__(self, kv_cache_config: KVCacheConfig, layers: Mapping[str, Any]) -> None:
+        self._tables = [
+            CacheTable.group([layer.kv_cache.transpose(1, 2) for layer in owners])
+            for owners in cache_owners(kv_cache_config, layers)
+        ]
+
+    def __call__(
+        self,
+        plan: StepPlan,
+        accepted: Walk,
+        slots: Sequence[torch.Tensor],  # by KV cache group: [tokens], int64
+    ) -> None:
+        """Commit one step's walk (see ``KVCommit``)."""
+        for tables, slot in zip(self._tables, slots, strict=True):
+            for table in tables:
+                move_accepted(table, accepted.rows, plan.trees.root, plan.token, slot)
 
 
 @dataclass(frozen=True, eq=False)

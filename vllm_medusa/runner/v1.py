@@ -19,9 +19,9 @@ from vllm_medusa.attention.cpu import tree_attention_selected
 from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.config import check_engine
 from vllm_medusa.proposer import MedusaProposer
-from vllm_medusa.runner.commit import KVCommit
+from vllm_medusa.runner.commit import BackendCommit
 from vllm_medusa.runner.sampling import TreeSampler
-from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, TreeTable, plan_step
+from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step, table_of
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -33,7 +33,7 @@ class MedusaModelRunner(CPUModelRunner):
         check_engine(vllm_config)
         super().__init__(vllm_config, device)
         tree = self.drafter.tree
-        self._table = TreeTable.of(tree.topology)
+        self._table = table_of(tree.topology)
         self._top_path = tree.top_path
         self._plan: StepPlan | None = None
         self._walk: Walk | None = None
@@ -48,7 +48,7 @@ class MedusaModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not self.drafter.tree.topology.is_chain:
             check_backends(self._attn_group_iterator())
-        self._commit = KVCommit(kv_cache_config, self.compilation_config.static_forward_context)
+        self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
@@ -61,8 +61,8 @@ class MedusaModelRunner(CPUModelRunner):
         req_ids = self.input_batch.req_ids
         plan = plan_step(
             self._table,
-            kind=torch.tensor([CHAIN if self._follows_grammar(req_id) else TREE for req_id in req_ids]),
-            num_drafts=torch.tensor(metadata.num_draft_tokens),
+            kind=[CHAIN if self._follows_grammar(req_id) else TREE for req_id in req_ids],
+            num_drafts=metadata.num_draft_tokens,
             token=logits_indices.long(),
             token_ids=token_ids,
             seq_lens=self.seq_lens[: len(req_ids)],
@@ -75,7 +75,7 @@ class MedusaModelRunner(CPUModelRunner):
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
         """Tell the metadata builders of the step's trees; warm-up runs build before any step and have none."""
-        announce_trees(self._attn_group_iterator(), self._plan.queries if self._plan is not None else None)
+        announce_trees(self._attn_group_iterator(), self._plan.rows if self._plan is not None else None)
         return super()._build_attention_metadata(*args, **kwargs)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:

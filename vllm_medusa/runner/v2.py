@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -12,18 +13,19 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_medusa.attention.cpu import tree_attention_selected
+from vllm_medusa.attention import triton
 from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.commit import KVCommit
-from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, TreeTable, plan_step
+from vllm_medusa.runner.commit_kernel import KernelCommit
+from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step, table_of
 from vllm_medusa.runner.v2_sampling import TreeVerifier
 
 
@@ -32,7 +34,7 @@ class MedusaSpeculator(BaseSpeculator):
 
     Attributes:
         last_token: ``[requests]``, int64: index of the token at whose row each request of the step stopped.
-        chained: ``[requests]``, bool: requests whose draft must be the top-1 path.
+        chained: ``[requests]``, bool: requests whose draft must be the top-1 path; None if there are none.
 
     """
 
@@ -41,8 +43,8 @@ class MedusaSpeculator(BaseSpeculator):
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.proposer = MedusaProposer(vllm_config)
-        self.last_token = torch.zeros(0, dtype=torch.int64)
-        self.chained = torch.zeros(0, dtype=torch.bool)
+        self.last_token: torch.Tensor | None = None
+        self.chained: torch.Tensor | None = None
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing to prepare: the heads run eagerly."""
@@ -54,9 +56,10 @@ class MedusaSpeculator(BaseSpeculator):
         """Load the heads."""
         self.proposer.load_model(target_model)
         drafts, top_path = len(self.proposer.tree) - 1, self.proposer.tree.top_path
-        self._chain_order = torch.zeros(drafts, dtype=torch.int64)
-        self._chain_order[: len(top_path)] = torch.tensor(top_path, dtype=torch.int64)
-        self._beyond_chain = torch.arange(drafts) >= len(top_path)
+        device = next(self.proposer.model.parameters()).device
+        order = torch.tensor(top_path + [0] * (drafts - len(top_path)))
+        self._chain_order = order.to(device)
+        self._beyond_chain = (torch.arange(drafts) >= len(top_path)).to(device)
 
     def propose(
         self,
@@ -72,36 +75,45 @@ class MedusaSpeculator(BaseSpeculator):
         if dummy_run:
             return self.proposer.propose(last_hidden_states[: input_batch.num_reqs])
         drafts = self.proposer.propose(last_hidden_states[self.last_token])
+        if self.chained is None:
+            return drafts
         chain = drafts[:, self._chain_order].masked_fill(self._beyond_chain, -1)
         return torch.where(self.chained[:, None], chain, drafts)
 
 
-class MedusaModelRunner(CPUModelRunner):
-    """Lets V2 verify trees: it adapts positions, attention metadata, verification and drafting, and leaves the rest."""
+class MedusaModelRunner(GPUModelRunner):
+    """Lets V2 verify trees: it adapts positions, attention metadata, verification and drafting, and leaves the rest.
+
+    Nothing here waits for the device: what a step's trees look like follows from what the scheduler says, and what
+    becomes of them stays on the device, so asynchronous scheduling works.
+    """
 
     speculator: MedusaSpeculator
+    tree_attention_selected = staticmethod(triton.tree_attention_selected)
+    commit_class: type[KVCommit] = KernelCommit
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, device)
-        self._table = TreeTable.of(self.speculator.proposer.tree.topology)
+        self._table = table_of(self.speculator.proposer.tree.topology, device)
         self._kind = np.full(self.max_num_reqs, TREE)
         self._plan: StepPlan | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load target and heads, the target's attention layers with the tree backend."""
-        with tree_attention_selected():
+        branches = not self.speculator.proposer.tree.topology.is_chain
+        with self.tree_attention_selected() if branches else nullcontext():
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         assert self.sampler is not None
-        self.rejection_sampler = TreeVerifier(self.sampler)
+        self.rejection_sampler = TreeVerifier(self.sampler, len(self.speculator.proposer.tree))
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not self.speculator.proposer.tree.topology.is_chain:
             check_backends(group for groups in self.attn_groups for group in groups)
-        self._commit = KVCommit(self.kv_cache_config, self.compilation_config.static_forward_context)
+        self._commit = self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Add the step's new requests, and note which follow a grammar, along a chain."""
@@ -115,11 +127,10 @@ class MedusaModelRunner(CPUModelRunner):
         """Let vLLM map slots as for chains, then put each row of a tree at the position of its depth."""
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         drafts = input_batch.num_draft_tokens_per_req
-        num_drafts = torch.from_numpy(drafts if drafts is not None else np.zeros(input_batch.num_reqs, dtype=np.int32))
         plan = plan_step(
             self._table,
-            kind=torch.from_numpy(self._kind[input_batch.idx_mapping_np]),
-            num_drafts=num_drafts.long(),
+            kind=self._kind[input_batch.idx_mapping_np].tolist(),
+            num_drafts=drafts.tolist() if drafts is not None else [0] * input_batch.num_reqs,
             token=input_batch.logits_indices,
             token_ids=input_batch.input_ids,
             seq_lens=input_batch.seq_lens[: input_batch.num_reqs],
@@ -127,7 +138,7 @@ class MedusaModelRunner(CPUModelRunner):
         # Drafts that the scheduler has padded are -1, which has no embedding and is carried by no draw.
         input_batch.input_ids.clamp_(min=0)
         plan.place(input_batch.positions)
-        announce_trees((group for groups in self.attn_groups for group in groups), plan.queries)
+        announce_trees((group for groups in self.attn_groups for group in groups), plan.rows)
         self._plan, self._slots = plan, slot_mappings
         return block_tables, slot_mappings
 
@@ -150,7 +161,8 @@ class MedusaModelRunner(CPUModelRunner):
             self._commit(plan, verifier.accepted, list(self._slots))
             last_row = verifier.accepted.last_row
         self.speculator.last_token = plan.token[last_row]
-        self.speculator.chained = torch.from_numpy(self._kind[input_batch.idx_mapping_np] == CHAIN)
+        any_chained = (self._kind[input_batch.idx_mapping_np] == CHAIN).any()
+        self.speculator.chained = plan.rows.layout.kind == CHAIN if any_chained else None
         return sampled
 
 

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from vllm_medusa.acceptance.exact import Draw, Walk, walk
+from vllm_medusa.acceptance.walk_kernel import walk_drawn
 from vllm_medusa.runner.step import StepPlan
 
 
@@ -28,13 +29,15 @@ class TreeVerifier:
 
     Attributes:
         sampler: the target's sampler.
+        max_rows: rows of the largest tree.
         plan: the step's trees, set before each call.
         accepted: where the last call's walk went.
 
     """
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, max_rows: int) -> None:
         self.sampler = sampler
+        self.max_rows = max_rows
         self.plan: StepPlan | None = None
         self.accepted: Walk | None = None
 
@@ -52,8 +55,10 @@ class TreeVerifier:
             # Rows past what the grammar accepts carry masks of no meaning, so no draw may step to them.
             trees.token.masked_fill_(invalid_drafts, -1)
         nans = get_num_nans(logits) if self.sampler.compute_nans else None
-        draw = self._draw_by_level if self._depends_on_path(input_batch) else self._draw_at_once
-        self.accepted = walk(trees, draw(logits, input_batch, self.plan))
+        if self._depends_on_path(input_batch):
+            self.accepted = walk(trees, self._draw_by_level(logits, input_batch, self.plan))
+        else:
+            self.accepted = walk_drawn(trees, self._draw_at_once(logits, input_batch, self.plan), self.max_rows)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             self.accepted.lengths.to(torch.int32),
             input_batch.seq_lens,
@@ -87,15 +92,14 @@ class TreeVerifier:
         budget = sampler.thinking_budget_state
         return bool(budget.enabled and budget.use_thinking_budget[requests].any())
 
-    def _draw_at_once(self, logits: torch.Tensor, input_batch: InputBatch, plan: StepPlan) -> Draw:
-        token = self._sample(
+    def _draw_at_once(self, logits: torch.Tensor, input_batch: InputBatch, plan: StepPlan) -> torch.Tensor:
+        return self._sample(
             logits,
             input_batch,
             plan.token,
             input_batch.expanded_idx_mapping,
             input_batch.expanded_local_pos,
         )
-        return lambda row, walking: token[row]
 
     def _draw_by_level(self, logits: torch.Tensor, input_batch: InputBatch, plan: StepPlan) -> Draw:
         path: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The worker classes, which choose the adapter to the model runner."""
+"""The worker class for CPUs, which chooses the adapter to the model runner."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ class MedusaCPUWorker(CPUWorker):
         ``CPUWorker.init_device`` builds its runner by the class's name and has no method for it to override; the one it
         built holds no weights and no cache yet.
         """
-        adapter = import_module(f"vllm_medusa.runner.{'v2' if self.use_v2_model_runner else 'v1'}")
+        adapter = import_module(f"vllm_medusa.runner.{'v2_cpu' if self.use_v2_model_runner else 'v1'}")
+        if not self.use_v2_model_runner:
+            # V1 builds its proposer from a closed list of methods, in which this one is open to all.
+            self.vllm_config.speculative_config.method = "custom_class"
         super().init_device()
         self.model_runner = adapter.MedusaModelRunner(self.vllm_config, self.device)

@@ -1,0 +1,107 @@
+"""From the options that name a tree to the tree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_medusa.tree.static import StaticTree, best_first, cartesian, chain, from_choices, validate_depth
+
+PUBLISHED_ACCURACIES = (
+    (0.560, 0.112, 0.055, 0.033, 0.020),
+    (0.316, 0.108, 0.061, 0.043, 0.034),
+    (0.201, 0.087, 0.060, 0.035, 0.034),
+)
+"""Accuracy of each rank, heads 1 to 3 of Vicuna-7B v1.3 (Medusa-1): what a sparse tree grows from when the checkpoint
+holds no accuracies of its own."""
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """What a tree is built from.
+
+    Attributes:
+        num_heads: heads that draft, the deepest node's depth.
+        num_tokens: tokens that the heads know.
+        accuracies: ``[heads][ranks]``, from which sparse trees grow; None takes published ones.
+        nodes: most nodes, the root not counted; None leaves it to the tree.
+        default_nodes: nodes of a sparse tree where ``nodes`` is None.
+        top_k: most tokens of each head that a sparse tree may use; None is no limit.
+
+    """
+
+    num_heads: int
+    num_tokens: int
+    accuracies: Sequence[Sequence[float]] | None
+    nodes: int | None
+    default_nodes: int
+    top_k: int | None
+
+    def build(self, wanted: Any) -> StaticTree:
+        """Build the tree that ``medusa_tree`` asks for, cut to ``nodes``.
+
+        Args:
+            wanted: "sparse" or None, "chain", a Cartesian product, explicit choices, or a JSON file's path.
+
+        Raises:
+            ValueError: ``wanted`` is none of these, or asks for more than the heads have.
+
+        """
+        if wanted is None or wanted == "sparse":
+            tree = self._sparse()
+        elif wanted == "chain":
+            tree = chain(self.num_heads)
+        elif isinstance(wanted, str):
+            return self.build(_read_tree(wanted))
+        elif not isinstance(wanted, list):
+            raise ValueError(
+                f'medusa_tree: {wanted!r} is none of "sparse", "chain", a Cartesian product such as [4, 2, 2], '
+                "explicit choices such as [[0], [0, 0], [1]], or a JSON file"
+            )
+        elif wanted and not isinstance(wanted[0], list):
+            tree = cartesian(wanted)
+        else:
+            tree = from_choices(wanted)
+        validate_depth(tree, self.num_heads)
+        if tree.top_k > self.num_tokens:
+            raise ValueError(
+                f"medusa_tree: rank {tree.top_k - 1} is asked for, but the heads know {self.num_tokens} tokens; "
+                "give smaller ranks"
+            )
+        return tree if self.nodes is None else tree.prefix(self.nodes + 1)
+
+    def _sparse(self) -> StaticTree:
+        stored = self.accuracies or PUBLISHED_ACCURACIES
+        try:
+            accuracies = torch.tensor(stored)
+            _, _ = accuracies.shape
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"medusa_accuracies: the heads' config.json holds {stored!r}, which is no matrix [heads, ranks]; "
+                "calibrate the heads again"
+            ) from error
+        accuracies = accuracies[: self.num_heads, : self.top_k]
+        if self.nodes is not None:
+            return best_first(accuracies, self.nodes)
+        heads, ranks = accuracies.shape
+        available = sum(ranks**depth for depth in range(1, heads + 1))
+        return best_first(accuracies, min(available, self.default_nodes))
+
+
+def _read_tree(path: str) -> Any:
+    """Read a tree from a JSON file: the tree itself, or an object that holds it as ``medusa_tree``."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'medusa_tree: {path!r} is none of "sparse", "chain", a list, or a readable JSON file ({error})'
+        ) from error
+    tree = stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored
+    if not isinstance(tree, list) and tree not in ("sparse", "chain"):
+        raise ValueError(f'medusa_tree: {path!r} holds {tree!r}; it must hold "sparse", "chain" or a list')
+    return tree

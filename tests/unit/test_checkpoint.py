@@ -93,6 +93,11 @@ def test_extra_entries_that_vllm_would_take_for_sizes_are_refused(tmp_path, key)
         write_heads(tmp_path / "heads", SPEC, random_state(SPEC), {key: 7})
 
 
+def test_another_user_may_read_a_checkpoint(tmp_path):
+    directory = write_heads(tmp_path / "heads", SPEC, random_state(SPEC))
+    assert {path.stat().st_mode & 0o444 for path in (directory, *directory.iterdir())} == {0o444}
+
+
 def test_a_directory_is_replaced_as_a_whole(tmp_path):
     write_heads(tmp_path / "heads", SPEC, random_state(SPEC))
     (tmp_path / "heads" / "left-over").touch()

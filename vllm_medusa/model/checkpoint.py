@@ -173,6 +173,9 @@ def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary.chmod(0o755)
         yield temporary
+        # safetensors makes files that nobody but their owner may read; who serves a model is often another user.
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(0o644)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             target.rename(old)

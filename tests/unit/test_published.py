@@ -107,7 +107,7 @@ def test_converted_heads_compute_what_the_original_ones_do(tmp_path: Path, num_l
 def test_the_original_code_loads_what_is_written_for_it_without_a_name_left_over(tmp_path: Path, fc_bias: bool) -> None:
     spec = HeadsSpec(HIDDEN, VOCAB, 3, fc_bias=fc_bias)
     state = {name: torch.randn(shape) for name, shape in spec.shapes().items()}
-    write_heads(tmp_path / "served", spec, state)
+    write_heads(tmp_path / "served", spec, state, {"base_model_name_or_path": "some/model"})
     convert(tmp_path / "served", tmp_path / "original", Layout.ORIGINAL)
     original = original_module(3, 1)
     original.load_state_dict(read_original(tmp_path / "original"), strict=True)
@@ -262,6 +262,18 @@ def test_wrong_weights_are_refused_in_one_line_by_name(
         convert(source, tmp_path / "output", Layout.SERVED)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_the_target_names_the_model_of_heads_that_do_not(tmp_path: Path, target: Path, layout: Layout) -> None:
+    spec = HeadsSpec(HIDDEN, VOCAB, 1)
+    write_heads(tmp_path / "heads", spec, {name: torch.zeros(shape) for name, shape in spec.shapes().items()})
+    convert(tmp_path / "heads", tmp_path / "named", layout, target, base_model="some/model")
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["base_model_name_or_path"] == "some/model"
+    convert(tmp_path / "named", tmp_path / "kept", layout, target, base_model="another/model")
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["base_model_name_or_path"] == "some/model"
+    with pytest.raises(ValueError, match="does not name the heads' model, which the original code must know"):
+        convert(tmp_path / "heads", tmp_path / "nameless", Layout.ORIGINAL)
 
 
 def test_layers_that_the_original_code_would_take_for_one_are_refused(tmp_path: Path) -> None:

@@ -36,7 +36,11 @@ def convert(
         from vllm_medusa.model.hub import local_directory
 
         done = convert_checkpoint(
-            local_directory(source), output, Layout(to), None if target is None else local_directory(target)
+            local_directory(source),
+            output,
+            Layout(to),
+            target=None if target is None else local_directory(target),
+            base_model=target,
         )
     typer.echo(_describe(done))
     if to == "served":

@@ -17,7 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vllm_medusa.model.checkpoint import CONFIG_FILE, HeadsSpec, replaced_directory, write_heads
-from vllm_medusa.model.published import HeadNames, HeadTensor, PublishedHeads, read_published, write_original
+from vllm_medusa.model.published import (
+    BASE_MODEL,
+    HeadNames,
+    HeadTensor,
+    PublishedHeads,
+    read_published,
+    write_original,
+)
 from vllm_medusa.model.target import check_sizes, read_lm_head
 from vllm_medusa.model.weight_files import WeightFile, Weights
 
@@ -54,7 +61,9 @@ class Conversion:
     dtype: torch.dtype
 
 
-def convert(source: Path, output: Path, layout: Layout, target: Path | None = None) -> Conversion:
+def convert(
+    source: Path, output: Path, layout: Layout, target: Path | None = None, base_model: str | None = None
+) -> Conversion:
     """Convert a checkpoint; tensors keep their values and dtypes, and entries of its config that say no sizes are kept.
 
     A Medusa-2 checkpoint, heads within a whole model, becomes two directories, ``output/heads`` and ``output/target``,
@@ -66,9 +75,11 @@ def convert(source: Path, output: Path, layout: Layout, target: Path | None = No
         layout: the layout to write.
         target: the model that the heads belong to: their sizes are checked against it, and heads without LM heads of
             their own get its.
+        base_model: what the heads' config is to call their model where it does not name it; None is ``target``'s path.
 
     Raises:
-        ValueError: the layout is not known, tensors are missing or do not fit the target, or ``output`` is in use.
+        ValueError: the layout is not known, tensors are missing or do not fit the target, ``output`` is in use, or the
+            original layout is asked for and the heads' model has no name.
         OSError: a file cannot be read or written.
 
     """
@@ -81,7 +92,9 @@ def convert(source: Path, output: Path, layout: Layout, target: Path | None = No
         if whole_model:
             write_target(source, weights, config, temporary / TARGET_DIRECTORY)
             target = temporary / TARGET_DIRECTORY if target is None else target
-            config = _heads_entries(config) | {"base_model_name_or_path": str(output / TARGET_DIRECTORY)}
+            config = _heads_entries(config) | {BASE_MODEL: str(output / TARGET_DIRECTORY)}
+        elif target is not None:
+            config = {BASE_MODEL: base_model or str(target)} | config
         heads = read_published(weights, config, None if target is None else partial(read_lm_head, target))
         if target is not None:
             check_sizes(heads.spec, target)

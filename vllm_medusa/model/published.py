@@ -36,6 +36,9 @@ SERVED_NAME = re.compile(
 SHARED_VERSION = "2"
 """``version`` of the original layout's heads that have no LM heads of their own."""
 
+BASE_MODEL = "base_model_name_or_path"
+"""The entry of a ``config.json`` that names the heads' model."""
+
 OWN_ENTRIES = {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "version"}
 """Entries of a ``config.json`` that describe the layout it stands in, and stay with it."""
 
@@ -94,7 +97,7 @@ class PublishedHeads:
     Attributes:
         spec: their sizes.
         state: their tensors under the served names, in the dtype in which they were stored.
-        extra: what else their ``config.json`` says, such as ``base_model_name_or_path``.
+        extra: what else their ``config.json`` says, such as ``BASE_MODEL``.
 
     """
 
@@ -196,11 +199,14 @@ def write_original(directory: Path, heads: PublishedHeads) -> Path:
     head is left out, since it is the target's.
 
     Raises:
-        ValueError: the layers of a head differ, which the original code, with one module for all of them, cannot load.
+        ValueError: the layers of a head differ, which the original code, with one module for all of them, cannot load,
+            or the heads do not say whose they are, and it would take them for Vicuna's.
 
     """
     spec = heads.spec
     _check_one_module(heads)
+    if BASE_MODEL not in heads.extra:
+        raise ValueError("config.json does not name the heads' model, which the original code must know; give --target")
     state: dict[str, torch.Tensor] = {}
     for served, stored in heads.state.items():
         tensor = HeadTensor.parse(served)

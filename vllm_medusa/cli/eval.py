@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,8 @@ def evaluate(
         for path in (output, plot):
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; make it first")
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib, which is not installed; install vllm-medusa[train]")
         sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
         directory = local_directory(model)
         tokenizer = AutoTokenizer.from_pretrained(directory)

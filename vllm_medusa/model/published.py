@@ -115,7 +115,8 @@ class HeadNames:
         others: the names of all the others, a whole model's.
 
     Raises:
-        ValueError: there are no heads, or there are tensors that belong neither to heads nor to a model around them.
+        ValueError: there are no heads, they are in no one layout, or there are tensors that belong neither to heads nor
+            to a model around them.
 
     """
 
@@ -140,6 +141,28 @@ class HeadNames:
             )
         return cls(heads, others)
 
+    def __post_init__(self) -> None:
+        num_layers = self.num_layers
+        if num_layers == 0:
+            raise ValueError("the heads have no residual layers; heads of at least one layer are served")
+        for name, tensor in self.heads.items():
+            if tensor.is_lm_head and tensor.layer not in (None, num_layers):
+                raise ValueError(
+                    f"{name} is in the place of an LM head after {tensor.layer} layers, but there are {num_layers}"
+                )
+        if len({tensor.served_name for tensor in self.heads.values()}) < len(self.heads):
+            raise ValueError(f"the checkpoint holds the same heads in two layouts: {_first(list(self.heads))}")
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads the names count."""
+        return 1 + max(tensor.head for tensor in self.heads.values())
+
+    @property
+    def num_layers(self) -> int:
+        """How many residual layers the names count in a head."""
+        return max((1 + (tensor.layer or 0) for tensor in self.heads.values() if not tensor.is_lm_head), default=0)
+
 
 def read_published(
     weights: Weights, config: Mapping[str, Any], lm_head: Callable[[], torch.Tensor] | None
@@ -158,23 +181,11 @@ def read_published(
 
     """
     names = HeadNames.of(weights)
-    loaded = weights.load(names.heads)
-    state = {tensor.served_name: loaded[name] for name, tensor in names.heads.items()}
-    tensors = list(names.heads.values())
-    num_heads = 1 + max(tensor.head for tensor in tensors)
-    num_layers = max((1 + (tensor.layer or 0) for tensor in tensors if not tensor.is_lm_head), default=0)
-    if num_layers == 0:
-        raise ValueError("the heads have no residual layers; heads of at least one layer are served")
-    for name, tensor in names.heads.items():
-        if tensor.is_lm_head and tensor.layer not in (None, num_layers):
-            raise ValueError(
-                f"{name} is in the place of an LM head after {tensor.layer} layers, but there are {num_layers}"
-            )
+    num_heads, num_layers = names.num_heads, names.num_layers
     if (named := config.get("medusa_num_heads", num_heads)) > num_heads:
         raise ValueError(f"config.json names {named} heads, but the weights hold {num_heads}; fetch the weights again")
-    if len(state) < len(tensors):
-        raise ValueError(f"the checkpoint holds tensors of the same heads in two layouts: {_first(list(names.heads))}")
-    shared = _shares_lm_head(tensors, num_heads, config)
+    loaded = weights.load(names.heads)
+    state = {tensor.served_name: loaded[name] for name, tensor in names.heads.items()}
     if "lm_heads.0.weight" not in state:
         if lm_head is None:
             raise ValueError("the heads have no LM heads of their own; name the model whose they share with --target")
@@ -186,7 +197,7 @@ def read_published(
         num_heads=num_heads,
         num_layers=num_layers,
         fc_bias=any(name.endswith(".bias") for name in state),
-        shared_lm_head=shared,
+        shared_lm_head=_shares_lm_head(names, config),
     )
     spec.validate(state)
     return PublishedHeads(spec, state, _extra(config, spec))
@@ -229,13 +240,13 @@ def write_original(directory: Path, heads: PublishedHeads) -> Path:
     return directory
 
 
-def _shares_lm_head(tensors: list[HeadTensor], num_heads: int, config: Mapping[str, Any]) -> bool:
+def _shares_lm_head(names: HeadNames, config: Mapping[str, Any]) -> bool:
     """Where no head has an LM head, all share the target's; in the served layout, head 0's stands for it."""
-    lm_heads = [tensor for tensor in tensors if tensor.is_lm_head]
+    lm_heads = [tensor for tensor in names.heads.values() if tensor.is_lm_head]
     if not lm_heads:
         return True
     only_first = len(lm_heads) == 1 and lm_heads[0].head == 0 and lm_heads[0].layer is None
-    return only_first and bool(config.get("original_lm_head", num_heads > 1))
+    return only_first and bool(config.get("original_lm_head", names.num_heads > 1))
 
 
 def _drop_empty_biases(state: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:

@@ -6,10 +6,12 @@ import typer
 
 from vllm_medusa.cli.convert import convert
 from vllm_medusa.cli.demo import demo
+from vllm_medusa.cli.eval import evaluate
 
 app = typer.Typer(name="vllm-medusa", no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(demo)
 app.command()(convert)
+app.command("eval")(evaluate)
 
 
 @app.callback()

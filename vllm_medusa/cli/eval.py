@@ -17,10 +17,11 @@ def evaluate(
     model: Annotated[str, typer.Option(help="The target: a directory, or a repository on the Hugging Face Hub.")],
     heads: Annotated[Path, typer.Option(help="The heads' directory, as training or convert wrote it.")],
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Files of prompts (.txt, a prompt a line, or .jsonl); the target goes on.")
+        list[Path] | None, typer.Option(help="Files of prompts, .txt with one a line or .jsonl; the target goes on.")
     ] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Files of text that the target has written already, instead of prompts.")
+        list[Path] | None,
+        typer.Option(help="Instead of prompts: what the target has written already, such as distill's OUTPUT."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens that the target writes after a prompt.")] = 128,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 2048,

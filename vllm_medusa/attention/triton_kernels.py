@@ -64,6 +64,7 @@ def attend_kernel(
     padded_requests: tl.constexpr,
     block_rows: tl.constexpr,
     tile: tl.constexpr,
+    stages: tl.constexpr,
 ) -> None:
     """Attend from ``block_rows // group`` rows of one request to one stretch of its slots; see ``tree_attention``."""
     block_queries: tl.constexpr = block_rows // group
@@ -143,7 +144,7 @@ def attend_kernel(
             part_first, part_end = first_open, end_open
         else:
             part_first, part_end = end_open, end_tile
-        for index in tl.range(part_first, part_end):
+        for index in tl.range(part_first, part_end, num_stages=stages if part == OPEN else 1):
             slot = index * tile + tl.arange(0, tile)
             offset = slot - context
             slot_at = slot % block_size
@@ -213,7 +214,8 @@ def _visible(
             bits = tl.load(ancestors + row * words + word, mask=is_row, other=0)
             bit = offset - word * BITS
             in_word = (bit >= 0) & (bit < BITS)
-            shifted = bits[:, None] >> tl.where(in_word, bit, 0).to(tl.int64)[None, :]
+            low, high = bits.to(tl.int32)[:, None], (bits >> 32).to(tl.int32)[:, None]
+            shifted = tl.where((bit < 32)[None, :], low, high) >> (bit & 31)[None, :]
             seen = seen | (in_word[None, :] & ((shifted & 1) != 0))
         if window > 0:
             is_key = (offset >= 0) & (offset <= tl.max(tl.where(is_row, row, 0), axis=0))

@@ -43,7 +43,7 @@ class AttentionStep:
         block_table: ``[requests, blocks]``, int32.
         ancestors: ``[tokens, words]``, int64, contiguous: ``DraftTree.bitmasks`` of a tree's rows, ``CAUSAL`` in the
             first word of all others.
-        depth: ``[tokens]``, int32, contiguous: a tree row's position is ``c + depth``; not read for causal rows.
+        depth: ``[tokens]``, int32 or int64, contiguous: a tree row's position is ``c + depth``; causal rows' is not used.
         max_rows: at least the rows of the request with most, known on the host.
 
     """
@@ -255,8 +255,8 @@ def tree_attention(
         padded_requests=next_power_of_2(workspace.max_requests),
         block_rows=tiling.block_rows,
         tile=tiling.tile,
+        stages=tiling.stages,
         num_warps=tiling.warps,
-        num_stages=tiling.stages,
     )
     if tiling.splits > 1:
         merge_kernel[(tokens, heads)](

@@ -77,12 +77,14 @@ class OfflineTarget:
                 self._submit(number, dialogues[number])
 
     def _submit(self, number: int, dialogue: Dialogue) -> None:
+        from vllm.exceptions import VLLMClientError
+
         if not dialogue.is_open:
             return
         try:
             [prompt] = self._llm.renderer.render_cmpl([{"prompt_token_ids": self._encode(dialogue)}])
             self._llm.llm_engine.add_request(str(number), prompt, self._params(dialogue))
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             dialogue.refuse(" ".join(str(error).split()))
 
     def _encode(self, dialogue: Dialogue) -> list[int]:

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_medusa.cli import app
+from vllm_medusa.demo.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a prompt\n")
+    return path
+
+
+def refusal(*arguments: object) -> str:
+    """Run the command, which refuses in one line and exits with 2."""
+    result = CliRunner().invoke(app, ["distill", *map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    [line] = result.stderr.splitlines()
+    return line.removeprefix("Error: ")
+
+
+def test_wrong_settings_are_refused_in_one_line(prompts: Path, tmp_path: Path):
+    output = ("--output", tmp_path / "set")
+    model = ("--model", tmp_path)
+    assert refusal(prompts, *output).startswith("model is missing: The target: a directory or a repository")
+    assert "temperature" in refusal(prompts, *output, *model, "--temperature", "-1")
+    assert refusal(prompts, *output, *model, "--engine-args", "{").startswith("engine-args: '{' is not JSON")
+    for wrong in ("[]", '{"model": "other"}'):
+        line = refusal(prompts, *output, *model, "--engine-args", wrong)
+        assert line.startswith('engine-args: must be a JSON object without "model"')
+    assert refusal(prompts, *output, *model).startswith(f"model '{tmp_path}' has no tokenizer that can be loaded")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_line_without_a_prompt_is_refused_before_a_model_is_loaded(tmp_path: Path):
+    train_tokenizer(["text"], vocab_size=300).save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": \n')
+    line = refusal(prompts, "--output", tmp_path / "set", "--model", tmp_path / "model")
+    assert line == f"{prompts}:2: not JSON: Expecting value at character 11"
+    assert refusal(tmp_path / "none.txt", "--output", tmp_path / "set", "--model", tmp_path / "model").startswith(
+        "[Errno 2] No such file or directory"
+    )

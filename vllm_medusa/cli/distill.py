@@ -1,0 +1,104 @@
+"""``vllm-medusa distill``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_medusa.cli.errors import one_line_errors
+from vllm_medusa.cli.options import with_options_of
+from vllm_medusa.training.dialogue import PromptStyle, Target
+from vllm_medusa.training.distill import DistillConfig
+from vllm_medusa.training.record_files import BadLineCounter, BadLines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@with_options_of(DistillConfig)
+def distill(
+    settings: dict[str, Any],
+    prompts: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files of prompts: .jsonl or .json of conversations or prompts, .txt with a prompt a line."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The directory to write; new, empty, or of an interrupted run.")],
+    url: Annotated[
+        str | None, typer.Option(help="Ask a server with OpenAI's interface, http://HOST:PORT/v1, not an own vLLM.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="With --url: dialogues that run at the same time.")] = 64,
+    engine_args: Annotated[
+        str, typer.Option(help="Without --url: further options of vllm.LLM, as a JSON object; vLLM checks them.")
+    ] = "{}",
+    bad_lines: Annotated[
+        BadLines, typer.Option(help="What to do about a line without a prompt, or with one that the target refuses.")
+    ] = BadLines.REFUSE,
+) -> None:
+    """Let the target write its heads' training set: its own answers to prompts, for "train --data OUTPUT".
+
+    Of conversations the user's turns are kept, and the target answers each, on top of its own former answers. A run
+    that was interrupted goes on after its last finished file when the same command is given again.
+    """
+    with one_line_errors():
+        from vllm_medusa.training.config import validated
+        from vllm_medusa.training.distill import distill as run_distillation
+
+        config = validated(DistillConfig, settings)
+        target: Target
+        if url is not None:
+            from vllm_medusa.training.served_target import ServedTarget
+
+            target = ServedTarget(url, config.model, concurrency)
+            style = PromptStyle.CHAT
+        else:
+            from vllm_medusa.training.offline_target import OfflineTarget
+
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # Its log would tear the progress bar apart.
+            options = _engine_options(engine_args)
+            tokenizer = _load_tokenizer(config.model, options)
+            target = OfflineTarget(config.model, tokenizer, options)
+            style = PromptStyle.CHAT if tokenizer.chat_template else PromptStyle.COMPLETION
+        config = config.model_copy(update={"style": config.style or style})
+        counter = BadLineCounter(bad_lines)
+        manifest = run_distillation(prompts, output, config, target, counter, sys.argv)
+    counter.report()
+    assert manifest.counts is not None
+    counts = manifest.counts
+    typer.echo(
+        f"{output}: {counts.records} records of {counts.prompts} prompts, {counts.tokens} tokens, "
+        f"in {len(manifest.shards)} files"
+    )
+
+
+def _engine_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"engine-args: {text!r} is not JSON: {error}") from None
+    if not isinstance(options, dict) or "model" in options:
+        raise ValueError(
+            f"""engine-args: must be a JSON object without "model", such as {{"dtype": "float16"}}, got {text}"""
+        )
+    return options
+
+
+def _load_tokenizer(model: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the engine will use."""
+    from transformers import AutoTokenizer
+
+    name = options.get("tokenizer") or model
+    try:
+        return AutoTokenizer.from_pretrained(
+            name,
+            revision=options.get("tokenizer_revision") or options.get("revision"),
+            trust_remote_code=options.get("trust_remote_code", False),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} has no tokenizer that can be loaded: {error}") from None

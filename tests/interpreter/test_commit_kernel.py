@@ -61,7 +61,7 @@ def raw(cache: torch.Tensor) -> torch.Tensor:
     return cache.contiguous().view(torch.uint8)
 
 
-@settings(deterministic, max_examples=60)
+@settings(deterministic, max_examples=40)
 @given(st.lists(accepted(), min_size=1, max_size=4), st.lists(layouts, min_size=1, max_size=2), st.integers(0, 99))
 def test_accepted_rows_move_behind_their_roots_in_every_layer(
     requests: list[Accepted], layouts: list[Layout], seed: int

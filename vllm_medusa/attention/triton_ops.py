@@ -43,7 +43,7 @@ class AttentionStep:
         block_table: ``[requests, blocks]``, int32.
         ancestors: ``[tokens, words]``, int64, contiguous: ``DraftTree.bitmasks`` of a tree's rows, ``CAUSAL`` in the
             first word of all others.
-        depth: ``[tokens]``, int32 or int64, contiguous: a tree row's position is ``c + depth``; causal rows' is not used.
+        depth: ``[tokens]``, int32 or int64, contiguous: a tree row's position is ``c + depth``; unused for causal rows.
         max_rows: at least the rows of the request with most, known on the host.
 
     """

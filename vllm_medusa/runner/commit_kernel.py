@@ -76,7 +76,7 @@ def move_accepted(
     rows: torch.Tensor,  # [requests, levels], int64
     root: torch.Tensor,  # [requests], int64
     token: torch.Tensor,  # [rows], int64
-    slots: torch.Tensor,  # [tokens], int64
+    slots: torch.Tensor,  # [tokens], int
 ) -> None:
     """Move each request's accepted rows behind its root, in place; nothing waits for the device.
 
@@ -137,8 +137,8 @@ def _move_kernel(
     for level in tl.range(1, levels):
         row = tl.load(rows_ptr + request * rows_stride + level)
         if (row >= 0) & (row != root + level):
-            source = tl.load(slots_ptr + tl.load(token_ptr + row))
-            target = tl.load(slots_ptr + tl.load(token_ptr + root + level))
+            source = tl.load(slots_ptr + tl.load(token_ptr + row)).to(tl.int64)
+            target = tl.load(slots_ptr + tl.load(token_ptr + root + level)).to(tl.int64)
             source_at = source // block_size * block_stride + source % block_size * slot_stride
             target_at = target // block_size * block_stride + target % block_size * slot_stride
             tl.store(head + target_at, tl.load(head + source_at, mask=word < words), mask=word < words)

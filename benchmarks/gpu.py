@@ -298,7 +298,7 @@ class Attention:
             zip(self.query.chunk(self.batch), self.output.chunk(self.batch), strict=True)
         ):
             key, value = (
-                cache[self.block_table[request].long()].flatten(0, 1)[: self.context + len(self.tree)].float()
+                cache.float()[self.block_table[request].long()].flatten(0, 1)[: self.context + len(self.tree)]
                 for cache in self.caches_of(0)
             )
             expected = reference.tree_attention(

@@ -9,8 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
+from tests.integration.distillation import DIALOGUE, write_chat_target, write_lines
 from vllm_medusa.training.manifest import MANIFEST_FILE, Counts, Manifest
 
 COMMAND = """
@@ -33,30 +32,7 @@ app()
 """
 """The command, which is killed when a file of some name is written and about to get its place."""
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}# {{ message['role'] }}{{ '\n' }}{{ message['content'] }}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}# assistant{{ '\n' }}{% endif %}"
-)
 ENGINE_ARGS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 256}
-
-
-@pytest.fixture
-def chat_target(tiny_target: Path, tmp_path: Path) -> Path:
-    directory = tmp_path / "target"
-    directory.mkdir()
-    for file in tiny_target.iterdir():
-        (directory / file.name).symlink_to(file)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    return directory
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    turns = [{"from": speaker, "value": f"class A{speaker}:"} for speaker in ("human", "gpt", "human")]
-    values = [{"conversations": turns}, *({"prompt": f"def f{number}(x):"} for number in range(8))]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
-    return path
 
 
 def distill(
@@ -81,25 +57,27 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (directory / "set").iterdir()}
 
 
-def test_a_run_that_is_killed_ends_with_the_files_of_one_that_is_not(
-    chat_target: Path, prompts: Path, tmp_path: Path
-) -> None:
-    done = distill(tmp_path / "whole", chat_target, prompts)
+def test_a_run_that_is_killed_ends_with_the_files_of_one_that_is_not(tiny_target: Path, tmp_path: Path) -> None:
+    target = write_chat_target(tiny_target, tmp_path / "target")
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl", DIALOGUE, *({"prompt": f"def f{index}(x):"} for index in range(8))
+    )
+    done = distill(tmp_path / "whole", target, prompts)
     assert done.returncode == 0, done.stderr
     whole = contents(tmp_path / "whole")
     assert sorted(whole) == [MANIFEST_FILE, "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl"]
 
     cut = tmp_path / "cut"
-    done = distill(cut, chat_target, prompts, dies_before="shard-00001.jsonl")
+    done = distill(cut, target, prompts, dies_before="shard-00001.jsonl")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(contents(cut)) == [".shard-00001.jsonl.tmp", MANIFEST_FILE, "shard-00000.jsonl"]
     assert not Manifest.read(cut / "set").finished
 
-    done = distill(cut, chat_target, prompts, **{"max-tokens": 13})
+    done = distill(cut, target, prompts, **{"max-tokens": 13})
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Error: set was begun with max_tokens 12, now it is 13; ")
 
-    done = distill(cut, chat_target, prompts)
+    done = distill(cut, target, prompts)
     assert done.returncode == 0, done.stderr
     assert contents(cut) == whole
     manifest = Manifest.read(cut / "set")

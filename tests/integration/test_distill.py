@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from vllm import LLM
 
+from tests.integration.distillation import CHAT_TEMPLATE, DIALOGUE, SharedEngineTarget, read_back, write_lines
 from tests.integration.engines import engine
 from vllm_medusa.training.chat import encode_prompt
 from vllm_medusa.training.dataset import load_blocks
@@ -21,36 +20,12 @@ from vllm_medusa.training.distill import DistillConfig, distill
 from vllm_medusa.training.losses import IGNORED
 from vllm_medusa.training.manifest import Counts, Manifest
 from vllm_medusa.training.offline_target import OfflineTarget
-from vllm_medusa.training.record_files import BadLineCounter, BadLineError, BadLines, read_records
-from vllm_medusa.training.records import Completion, Conversation, Record, Role
+from vllm_medusa.training.record_files import BadLineCounter, BadLineError, BadLines
+from vllm_medusa.training.records import Completion, Conversation, Role
 
 TOKENS = 16
 CONTEXT = 128
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}# {{ message['role'] }}{{ '\n' }}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}# assistant{{ '\n' }}{% endif %}"
-)
 PROMPTS = ("def add(x, y):", "class Point:", "import os\n", "for i in range(10):", "return self.", "try:")
-DIALOGUE = {
-    "conversations": [
-        {"from": "system", "value": "Python."},
-        {"from": "human", "value": "def add(x, y):"},
-        {"from": "gpt", "value": "not the target's"},
-        {"from": "human", "value": "class Point:"},
-    ]
-}
-
-
-class SharedEngineTarget(OfflineTarget):
-    """Runs on an engine that stays open; ``running`` is tested by the processes of tests/e2e/test_distill_resume.py."""
-
-    def __init__(self, llm: LLM, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__("tiny", tokenizer, {})
-        self._llm = llm
-
-    def running(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +59,6 @@ def continuation(reference: PreTrainedModel, prompt_ids: Sequence[int]) -> list[
         ].tolist()
 
 
-def lines(path: Path, *values: Any) -> Path:
-    path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
-    return path
-
-
 def run(
     target: OfflineTarget, style: PromptStyle, prompts: Path, output: Path, skip: bool = False, **settings: Any
 ) -> Manifest:
@@ -97,19 +67,15 @@ def run(
     return distill([prompts], output, config, target, bad_lines, show_progress=False)
 
 
-def records(directory: Path) -> list[Record]:
-    return [record for _, record in read_records([directory], BadLineCounter(BadLines.REFUSE))]
-
-
 def test_a_greedy_completion_is_the_target_s_continuation_and_all_that_is_learnt(
     llm: LLM, tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, tmp_path: Path
 ) -> None:
-    prompts = lines(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
+    prompts = write_lines(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
     target = SharedEngineTarget(llm, tokenizer)
     manifest = run(target, PromptStyle.COMPLETION, prompts, tmp_path / "set", shard_size=4)
     expected = {prompt: continuation(reference, tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}
     assert manifest.counts == Counts(prompts=6, records=6, tokens=sum(map(len, expected.values())))
-    for record, prompt in zip(records(tmp_path / "set"), PROMPTS, strict=True):
+    for record, prompt in zip(read_back(tmp_path / "set"), PROMPTS, strict=True):
         assert isinstance(record, Completion)
         assert record.prompt == prompt
         assert list(record.tokens[0].prompt_ids) == tokenizer(prompt)["input_ids"]
@@ -123,22 +89,22 @@ def test_a_greedy_completion_is_the_target_s_continuation_and_all_that_is_learnt
 def test_a_sampled_answer_follows_from_its_prompt_not_from_what_runs_beside_it(
     llm: LLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    prompts = lines(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
+    prompts = write_lines(tmp_path / "prompts.jsonl", *({"prompt": prompt} for prompt in PROMPTS))
     target = SharedEngineTarget(llm, tokenizer)
     for size in (1, 4):
         output = tmp_path / str(size)
         run(target, PromptStyle.COMPLETION, prompts, output, shard_size=size, temperature=(0.0, 1.0))
-    assert records(tmp_path / "1") == records(tmp_path / "4")
+    assert read_back(tmp_path / "1") == read_back(tmp_path / "4")
     run(target, PromptStyle.COMPLETION, prompts, tmp_path / "other", temperature=(0.0, 1.0), seed=1)
-    assert records(tmp_path / "1") != records(tmp_path / "other")
+    assert read_back(tmp_path / "1") != read_back(tmp_path / "other")
 
 
 def test_each_turn_is_the_target_s_answer_to_its_own_former_ones(
     llm: LLM, chat_tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel, tmp_path: Path
 ) -> None:
-    prompts = lines(tmp_path / "prompts.jsonl", DIALOGUE, {"prompt": "import os"})
+    prompts = write_lines(tmp_path / "prompts.jsonl", DIALOGUE, {"prompt": "import os"})
     run(SharedEngineTarget(llm, chat_tokenizer), PromptStyle.CHAT, prompts, tmp_path / "set")
-    two_turns, one_turn = records(tmp_path / "set")
+    two_turns, one_turn = read_back(tmp_path / "set")
     for record, roles in ((two_turns, "system user assistant user assistant"), (one_turn, "user assistant")):
         assert isinstance(record, Conversation)
         assert [message.role.value for message in record.messages] == roles.split()
@@ -156,13 +122,13 @@ def test_a_prompt_that_is_too_long_is_a_bad_line_and_a_later_turn_ends_its_dialo
     target = SharedEngineTarget(llm, chat_tokenizer)
     long = "word " * 2 * CONTEXT
     turns = [{"role": "user", "content": "def f():"}, {"role": "user", "content": long}]
-    prompts = lines(tmp_path / "prompts.jsonl", {"messages": turns}, {"prompt": long})
+    prompts = write_lines(tmp_path / "prompts.jsonl", {"messages": turns}, {"prompt": long})
     manifest = run(target, PromptStyle.CHAT, prompts, tmp_path / "set", skip=True)
     assert manifest.counts == Counts(prompts=2, records=1, tokens=TOKENS)
-    [record] = records(tmp_path / "set")
+    [record] = read_back(tmp_path / "set")
     assert isinstance(record, Conversation)
     assert len(record.messages) == 2
-    prompts = lines(tmp_path / "refused.jsonl", {"prompt": long})
+    prompts = write_lines(tmp_path / "refused.jsonl", {"prompt": long})
     with pytest.raises(BadLineError, match=rf"{prompts}:1: .*maximum context length is {CONTEXT}"):
         run(target, PromptStyle.CHAT, prompts, tmp_path / "refused")
 

@@ -58,10 +58,11 @@ def distill(
             target = ServedTarget(url, config.model, concurrency)
             style = PromptStyle.CHAT
         else:
+            options = _engine_options(engine_args)
+
             from vllm_medusa.training.offline_target import OfflineTarget
 
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # Its log would tear the progress bar apart.
-            options = _engine_options(engine_args)
             tokenizer = _load_tokenizer(config.model, options)
             target = OfflineTarget(config.model, tokenizer, options)
             style = PromptStyle.CHAT if tokenizer.chat_template else PromptStyle.COMPLETION

@@ -38,9 +38,8 @@ class DistillConfig(BaseModel):
     @field_validator("temperature")
     @classmethod
     def _not_negative(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        for temperature in temperatures:
-            if not 0 <= temperature < math.inf:
-                raise ValueError(f"each must be at least 0, got {temperature}")
+        if not all(0 <= temperature < math.inf for temperature in temperatures):
+            raise ValueError("each must be at least 0")
         return temperatures
 
     @property

@@ -1,0 +1,77 @@
+"""Self-distillation from ``vllm serve``: the same records as from an engine in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.e2e.server import MODEL, Server, serve
+from tests.integration.distillation import (
+    DIALOGUE,
+    SharedEngineTarget,
+    read_back,
+    write_chat_target,
+    write_lines,
+)
+from tests.integration.engines import engine
+from vllm_medusa.training.dialogue import PromptStyle, Target
+from vllm_medusa.training.distill import DistillConfig, distill
+from vllm_medusa.training.record_files import BadLineCounter, BadLineError, BadLines
+from vllm_medusa.training.records import Record
+from vllm_medusa.training.served_target import ServedTarget
+
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_target(tiny_target, tmp_path_factory.mktemp("chat") / "target")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    return write_lines(path, DIALOGUE, *({"prompt": f"def f{index}(x):"} for index in range(7)))
+
+
+def run(target: Target, style: PromptStyle, prompts: Path, output: Path) -> list[Record]:
+    config = DistillConfig(model=MODEL, style=style, temperature=(0.0, 0.9), max_tokens=12, shard_size=4)
+    distill([prompts], output, config, target, BadLineCounter(BadLines.REFUSE), show_progress=False)
+    return read_back(output)
+
+
+@pytest.fixture(scope="module")
+def offline(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[PromptStyle, list[Record]]:
+    """What an engine in this process says, in each style."""
+    output = tmp_path_factory.mktemp("offline")
+    with engine(target, skip_tokenizer_init=False, max_model_len=CONTEXT) as llm:
+        on_engine = SharedEngineTarget(llm, AutoTokenizer.from_pretrained(target))
+        return {style: run(on_engine, style, prompts, output / style) for style in PromptStyle}
+
+
+@pytest.fixture(scope="module")
+def server(
+    target: Path, offline: dict[PromptStyle, list[Record]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server, started after the engine in this process is closed."""
+    with serve(target, None, tmp_path_factory.mktemp("serve")) as server:
+        yield server
+
+
+@pytest.mark.parametrize("style", PromptStyle)
+def test_a_server_s_records_are_those_of_an_own_engine(
+    server: Server, offline: dict[PromptStyle, list[Record]], prompts: Path, tmp_path: Path, style: PromptStyle
+) -> None:
+    served = run(ServedTarget(f"{server.url}/v1", MODEL, concurrency=4), style, prompts, tmp_path / "set")
+    assert served == offline[style]
+    assert all(getattr(record, "tokens", ()) for record in served)
+
+
+def test_a_prompt_that_is_too_long_for_the_server_is_a_bad_line(server: Server, tmp_path: Path) -> None:
+    prompts = write_lines(tmp_path / "prompts.jsonl", {"prompt": "word " * 2 * CONTEXT})
+    target = ServedTarget(f"{server.url}/v1", MODEL, concurrency=1)
+    with pytest.raises(BadLineError, match=rf"{prompts}:1: the server refuses it: .*{CONTEXT}"):
+        run(target, PromptStyle.CHAT, prompts, tmp_path / "set")

@@ -1,0 +1,58 @@
+"""What the tests of self-distillation share: a chat template, prompts, and a target on an engine that is open."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from vllm import LLM
+
+from vllm_medusa.training.offline_target import OfflineTarget
+from vllm_medusa.training.record_files import BadLineCounter, BadLines, read_records
+from vllm_medusa.training.records import Record
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}# {{ message['role'] }}{{ '\n' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}# assistant{{ '\n' }}{% endif %}"
+)
+DIALOGUE = {
+    "conversations": [
+        {"from": "system", "value": "Python."},
+        {"from": "human", "value": "def add(x, y):"},
+        {"from": "gpt", "value": "not the target's"},
+        {"from": "human", "value": "class Point:"},
+    ]
+}
+
+
+class SharedEngineTarget(OfflineTarget):
+    """Runs on an engine that stays open; ``running`` itself is tested by tests/e2e/test_distill_resume.py."""
+
+    def __init__(self, llm: LLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__("tiny", tokenizer, {})
+        self._llm = llm
+
+    def running(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def write_chat_target(target: Path, directory: Path) -> Path:
+    """Give a target a chat template, in a directory of its own."""
+    directory.mkdir()
+    for file in target.iterdir():
+        (directory / file.name).symlink_to(file)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
+
+
+def write_lines(path: Path, *values: Any) -> Path:
+    path.write_text("".join(f"{json.dumps(value)}\n" for value in values))
+    return path
+
+
+def read_back(directory: Path) -> list[Record]:
+    return [record for _, record in read_records([directory], BadLineCounter(BadLines.REFUSE))]

@@ -162,7 +162,7 @@ def test_bad_lines_are_refused_or_skipped_wherever_they_turn_out_bad(
     with caplog.at_level(logging.WARNING):
         blocks = load_blocks([file], tokenizer, 8, BadLines.SKIP)
     assert len(blocks) == 1
-    assert [message.partition(";")[0] for message in caplog.messages] == ["skipped 2 bad lines"]
+    assert [message.partition(";")[0] for message in caplog.messages] == ["bad lines skipped: 2"]
 
 
 def test_nothing_to_train_on_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):

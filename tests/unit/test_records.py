@@ -121,7 +121,7 @@ def test_bad_lines_are_skipped_counted_and_reported(tmp_path: Path, caplog: pyte
     assert counter.count == 2
     with caplog.at_level(logging.WARNING):
         counter.report()
-    assert caplog.messages == [f"skipped 2 bad lines; the first is {counter.first}"]
+    assert caplog.messages == [f"bad lines skipped: 2; the first is {counter.first}"]
     assert str(counter.first).startswith(f"{file}:2: not JSON: ")
 
 

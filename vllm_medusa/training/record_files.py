@@ -77,7 +77,7 @@ class BadLineCounter:
     def report(self) -> None:
         """Log how many lines were skipped, if any were."""
         if self.count:
-            logger.warning("skipped %d bad lines; the first is %s", self.count, self.first)
+            logger.warning("bad lines skipped: %d; the first is %s", self.count, self.first)
 
 
 def read_records(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Record]]:

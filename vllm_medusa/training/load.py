@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -58,10 +59,20 @@ def load_plain_target(config: TrainConfig, **options: Any) -> PreTrainedModel:
     """
     try:
         return AutoModelForCausalLM.from_pretrained(
-            config.target, dtype=config.dtype, trust_remote_code=config.trust_remote_code, **options
+            config.target,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=_attention(config),
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"target {config.target!r} is no causal language model that can be loaded: {error}") from None
+
+
+def _attention(config: TrainConfig) -> str | None:
+    """Choose eager attention where scores are capped (Gemma 2): SDPA silently leaves the cap out, vLLM does not."""
+    model_config = AutoConfig.from_pretrained(config.target, trust_remote_code=config.trust_remote_code)
+    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _quantization(config: TrainConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_medusa.training.config import TrainConfig
@@ -58,6 +58,7 @@ def run_training(
         check_same_run(config)
     training, held_out = load_data(config, load_tokenizer(config))
     target = load_target(config)
+    set_seed(config.seed)  # LoRA's weights begin at random.
     dtype = lm_head_of(target).weight.dtype
     model: Medusa1 | Medusa2
     if config.method == "medusa1":

@@ -44,6 +44,7 @@ def training_arguments(recipe: Recipe, output: Path, **options: Any) -> Training
         "eval_strategy": "no",
         "report_to": "none",
         "logging_steps": 10,
+        "use_cpu": not torch.accelerator.is_available(),
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -192,6 +193,14 @@ class MedusaTrainer(Trainer):
         trained = _trained_parameters(self.model)
         state = trained if state_dict is None else {name: state_dict[name] for name in trained}
         super()._save(output_dir, {name: tensor.detach().contiguous() for name, tensor in state.items()})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint of something else; that it lacks the frozen target is as it should be."""
+        wrong = sorted(
+            _trained_parameters(self.model).keys() & load_result.missing_keys | {*load_result.unexpected_keys}
+        )
+        if wrong:
+            raise ValueError(f"the checkpoint does not fit the model: {wrong[0]} is in one of them only")
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._checkpoint_root is None else str(self._checkpoint_root)

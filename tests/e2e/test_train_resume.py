@@ -1,0 +1,67 @@
+"""A training process that is killed and started again ends where an undisturbed one ends, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from vllm_medusa.training.config import load_config
+from vllm_medusa.training.run import run_training
+
+class KillAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run_training(load_config(Path(sys.argv[1]), {}), sys.argv, show_progress=False, callbacks=[KillAt()])
+"""
+NEVER = 0
+
+
+def train(settings: Path, kill_at: int) -> int:
+    command = [sys.executable, "-c", PROGRAM, str(settings), str(kill_at)]
+    return subprocess.run(command, timeout=300, check=False).returncode
+
+
+@pytest.mark.parametrize("method", ["medusa1", "medusa2"])
+def test_a_killed_run_ends_in_the_same_weights_and_optimizer(tmp_path, tiny_target, method):
+    data = tmp_path / "texts.jsonl"
+    source = Path(json.__file__).read_text()
+    data.write_text("".join(json.dumps({"text": source[i : i + 400]}) + "\n" for i in range(0, len(source), 400)))
+    shape = {"num_heads": 2, "block_length": 64, "batch_size": 4, "warmup_steps": 1, "steps": 7, "save_steps": 3}
+    files = {}
+    for run in ("whole", "killed"):
+        files[run] = tmp_path / f"{run}.yaml"
+        paths = {"target": str(tiny_target), "data": [str(data)], "output": str(tmp_path / run)}
+        files[run].write_text(yaml.safe_dump({"method": method, **paths, **shape, "save_limit": 9}))
+
+    assert train(files["whole"], NEVER) == 0
+    assert train(files["killed"], kill_at=5) == -signal.SIGKILL
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
+    assert not (tmp_path / "killed" / "heads").exists()
+    assert train(files["killed"], NEVER) == 0
+
+    written = ["heads", *(["target"] if method == "medusa2" else [])]
+    for file in [f"{directory}/model.safetensors" for directory in written] + [
+        "checkpoints/checkpoint-6/model.safetensors"
+    ]:
+        whole, killed = (load_file(tmp_path / run / file) for run in ("whole", "killed"))
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[name], killed[name]) for name in whole), file
+    optimizers = [torch.load(tmp_path / run / "checkpoints/checkpoint-6/optimizer.pt") for run in ("whole", "killed")]
+    torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
+    figures = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "killed")]
+    assert figures[0] == figures[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from vllm_medusa.demo.tokenizer import train_tokenizer
@@ -140,6 +142,20 @@ def test_marked_and_unmarked_templates_agree(vocabulary: PreTrainedTokenizerFast
             encode_conversation(using(vocabulary, each), conversation(system=SYSTEM)) for each in (unmarked, marked)
         ]
         assert samples[0] == samples[1]
+
+
+WORDS = st.text(min_size=1, max_size=12).filter(lambda text: text == text.strip() and "<|" not in text)
+
+
+@given(turns=st.lists(WORDS, min_size=2, max_size=5), template=st.sampled_from(list(TEMPLATES.values())))
+def test_whatever_is_said_exactly_the_assistant_s_part_is_learnt(
+    vocabulary: PreTrainedTokenizerFast, turns: list[str], template: Template
+):
+    tokenizer = using(vocabulary, template)
+    sample = encode_conversation(tokenizer, conversation(tuple(turns)))
+    space = "" if template.end_of_turn == "<|im_end|>" else " "
+    spoken = [tokenizer.decode(stretch) for stretch in learnt_stretches(list(sample.labels))]
+    assert spoken == [f"{space}{turn}{template.end_of_turn}" for turn in turns[1::2]]
 
 
 def refused(tokenizer: PreTrainedTokenizerFast, messages: list[Message], reason: str):

@@ -99,6 +99,14 @@ def test_a_set_is_written_in_shards_with_a_manifest(prompts: Path, tmp_path: Pat
     assert line["messages"][1]["content"].split()[2] == str(line["temperature"])
 
 
+def test_a_set_may_itself_be_prompts(prompts: Path, tmp_path: Path):
+    run([prompts], tmp_path / "first")
+    manifest = run([tmp_path / "first"], tmp_path / "second")
+    assert [name for name, _ in manifest.inputs] == ["shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl"]
+    firsts, seconds = records(tmp_path / "first"), records(tmp_path / "second")
+    assert firsts == seconds
+
+
 def test_a_server_that_tells_no_tokens_leaves_the_text(prompts: Path, tmp_path: Path):
     run([prompts], tmp_path / "set", target=Echo(tells_tokens=False))
     assert all(record.tokens == () for record in records(tmp_path / "set") if isinstance(record, Conversation))

@@ -42,7 +42,7 @@ def test_a_line_without_a_prompt_is_refused_before_a_model_is_loaded(tmp_path: P
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": \n')
     line = refusal(prompts, "--output", tmp_path / "set", "--model", tmp_path / "model")
-    assert line == f"{prompts}:2: not JSON: Expecting value at character 11"
+    assert line == f"{prompts}:2: not JSON: Expecting value at character 11; correct the line, or let bad_lines be skip"
     assert refusal(tmp_path / "none.txt", "--output", tmp_path / "set", "--model", tmp_path / "model").startswith(
         "[Errno 2] No such file or directory"
     )

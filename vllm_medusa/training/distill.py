@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from vllm_medusa.training.dialogue import Dialogue, PromptStyle, Sampling, Target
 from vllm_medusa.training.generation_progress import generation_progress
 from vllm_medusa.training.manifest import Counts, Manifest
-from vllm_medusa.training.record_files import BadLineCounter, BadLines, Source
+from vllm_medusa.training.record_files import BadLineCounter, BadLines, Source, without_directories
 from vllm_medusa.training.seeds import Seed, read_seeds
 from vllm_medusa.training.shards import replaced_file, sha256_of, shard_path
 
@@ -82,6 +82,7 @@ def distill(
         OSError: a file cannot be read or written, or the target cannot be reached.
 
     """
+    files = without_directories(files)
     prompts = sum(1 for _ in read_seeds(files, bad_lines))  # All lines are checked before a model is loaded.
     if prompts == 0:
         reason = f": {bad_lines.first}" if bad_lines.first else ""

@@ -103,5 +103,6 @@ class OfflineTarget:
 
 def _answer(output: RequestOutput) -> Answer:
     completion = output.outputs[0]
-    tokens = TurnTokens(prompt_ids=tuple(output.prompt_token_ids or ()), completion_ids=tuple(completion.token_ids))
-    return Answer(completion.text, len(tokens.completion_ids), tokens)
+    prompt_ids, completion_ids = tuple(output.prompt_token_ids or ()), tuple(completion.token_ids)
+    tokens = TurnTokens(prompt_ids=prompt_ids, completion_ids=completion_ids) if completion_ids else None
+    return Answer(completion.text, len(completion_ids), tokens)

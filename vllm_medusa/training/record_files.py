@@ -41,7 +41,7 @@ class Source:
 
 
 class BadLineError(ValueError):
-    """A line that holds no good record: ``file:line: reason``."""
+    """A line that holds no good record: ``file:line: reason; what to do``."""
 
 
 class BadLineCounter:
@@ -70,7 +70,7 @@ class BadLineCounter:
         """
         message = f"{source}: {reason}"
         if self.policy is BadLines.REFUSE:
-            raise BadLineError(message)
+            raise BadLineError(f"{message}; correct the line, or let bad_lines be {BadLines.SKIP}")
         self.count += 1
         self.first = self.first or message
 
@@ -91,7 +91,7 @@ def parsed_lines(
     """Read files and make something of every line.
 
     Args:
-        files: what ``read_lines`` takes; a directory stands for its ``.jsonl`` files, in the order of their names.
+        files: what ``read_lines`` takes; a directory stands for its ``.jsonl`` files.
         parse: takes a line's JSON value; raises ``ValueError`` with the reason where it is no good.
         bad_lines: what happens then.
 
@@ -101,7 +101,7 @@ def parsed_lines(
         OSError: a file cannot be read.
 
     """
-    for source, value in chain.from_iterable(read_lines(file, bad_lines) for path in files for file in _files(path)):
+    for source, value in chain.from_iterable(read_lines(file, bad_lines) for file in without_directories(files)):
         try:
             parsed = parse(value)
         except ValueError as error:
@@ -110,12 +110,20 @@ def parsed_lines(
             yield source, parsed
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    if files := sorted(path.glob("*.jsonl")):
-        return files
-    raise ValueError(f"{path} is a directory without .jsonl files")
+def without_directories(paths: Sequence[Path]) -> list[Path]:
+    """Put a directory's ``.jsonl`` files, in the order of their names, in the directory's place.
+
+    Raises:
+        ValueError: a directory holds none.
+
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path} is a directory without .jsonl files")
+        files.extend(found)
+    return files
 
 
 def read_lines(file: Path, bad_lines: BadLineCounter) -> Iterator[tuple[Source, Any]]:

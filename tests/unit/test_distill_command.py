@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.unit.stub_server import CHAT, MODELS, serve
 from vllm_medusa.cli import app
 from vllm_medusa.demo.tokenizer import train_tokenizer
 
@@ -45,4 +46,18 @@ def test_a_line_without_a_prompt_is_refused_before_a_model_is_loaded(tmp_path: P
     assert line == f"{prompts}:2: not JSON: Expecting value at character 11; correct the line, or let bad_lines be skip"
     assert refusal(tmp_path / "none.txt", "--output", tmp_path / "set", "--model", tmp_path / "model").startswith(
         "[Errno 2] No such file or directory"
+    )
+
+
+def test_a_server_is_asked_and_the_set_summed_up(prompts: Path, tmp_path: Path):
+    output = tmp_path / "set"
+    with serve(models=(200, MODELS), chat_completions=(200, CHAT)) as (url, script):
+        arguments = ["distill", str(prompts), "--output", str(output), "--url", url, "--model", "tiny"]
+        result = CliRunner().invoke(app, [*arguments, "--temperature", "0.5", "--max-tokens", "7"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"{output}: 1 records of 1 prompts, 2 tokens, in 1 files"
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "shard-00000.jsonl"]
+    assert [(request["temperature"], request["max_tokens"]) for request in script.requests] == [(0.5, 7)]
+    assert refusal(prompts, "--output", tmp_path / "other", "--url", url, "--model", "tiny").startswith(
+        f"no answer from {url}: "
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -35,11 +36,15 @@ def train(settings: Path, kill_at: int) -> int:
     return subprocess.run(command, timeout=300, check=False).returncode
 
 
+def write_texts(file: Path) -> Path:
+    source = Path(json.__file__).read_text()
+    file.write_text("".join(json.dumps({"text": source[i : i + 400]}) + "\n" for i in range(0, len(source), 400)))
+    return file
+
+
 @pytest.mark.parametrize("method", ["medusa1", "medusa2"])
 def test_a_killed_run_ends_in_the_same_weights_and_optimizer(tmp_path, tiny_target, method):
-    data = tmp_path / "texts.jsonl"
-    source = Path(json.__file__).read_text()
-    data.write_text("".join(json.dumps({"text": source[i : i + 400]}) + "\n" for i in range(0, len(source), 400)))
+    data = write_texts(tmp_path / "texts.jsonl")
     shape = {"num_heads": 2, "block_length": 64, "batch_size": 4, "warmup_steps": 1, "steps": 7, "save_steps": 3}
     files = {}
     for run in ("whole", "killed"):
@@ -65,3 +70,33 @@ def test_a_killed_run_ends_in_the_same_weights_and_optimizer(tmp_path, tiny_targ
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
     figures = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "killed")]
     assert figures[0] == figures[1]
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_half_written(tmp_path, tiny_target):
+    """The process may write files of 1 MB and no more: the heads fit, the optimizer's state does not."""
+    data = write_texts(tmp_path / "texts.jsonl")
+    output = tmp_path / "out"
+    options = {"--target": tiny_target, "--data": data, "--output": output, "--block-length": 64, "--steps": 2}
+    options |= {"--num-heads": 1, "--save-steps": 1, "--warmup-steps": 1, "--batch-size": 4}
+    train_command = [
+        sys.executable,
+        "-m",
+        "vllm_medusa.cli",
+        "train",
+        *(str(part) for pair in options.items() for part in pair),
+    ]
+    done = subprocess.run(
+        train_command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1
+    assert str(output / "checkpoints") in errors[0]
+    assert "Traceback" not in done.stderr
+    assert list((output / "checkpoints").iterdir()) == []
+    assert not (output / "heads").exists()

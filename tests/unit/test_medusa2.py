@@ -176,3 +176,19 @@ def test_adapters_go_where_they_are_told():
 def test_adapters_that_cannot_be_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):
         Medusa2(build("llama"), recipe(lora_targets=targets))
+
+
+@pytest.mark.parametrize("changes", [{}, {"distill": True}, {"target_training": "full"}])
+def test_recomputed_layers_give_the_same_gradients(changes):
+    gradients = []
+    for recompute in (False, True):
+        target = build("llama")
+        if recompute:
+            target.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model = Medusa2(target, recipe(**changes)).train()
+        torch.nn.init.normal_(model.heads.blocks[0].layers[0].weight)
+        model(TOKENS, TOKENS, JOINT)["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    torch.testing.assert_close(gradients[0], gradients[1])

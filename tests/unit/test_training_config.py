@@ -63,6 +63,7 @@ def test_a_value_out_of_bounds_is_refused_by_name_on_one_line(name, value):
             "distill must be false .* 'full', got true",
         ),
         ({"method": "medusa2", "quantization": "4bit", "target_training": "full"}, "quantization must be 'none'"),
+        ({"block_length": 8, "num_heads": 7}, r"block_length must be at least 9 for 7 heads \(num_heads\), got 8"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps must be at most 5"),
         ({"heads_only_steps": -1}, "heads_only_steps: .* greater than or equal to 0, got -1"),
     ],

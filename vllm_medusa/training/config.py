@@ -144,6 +144,11 @@ class TrainConfig(Medusa2Recipe):
                 f"quantization must be 'none' with target_training 'full', got {self.quantization!r}: quantized "
                 "weights cannot be trained; use target_training 'lora'"
             )
+        if self.block_length < self.num_heads + 2:
+            raise ValueError(
+                f"block_length must be at least {self.num_heads + 2} for {self.num_heads} heads (num_heads), "
+                f"got {self.block_length}: the last head looks that far ahead"
+            )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must be at most {self.steps} (steps), got {self.warmup_steps}")
         return self

@@ -21,6 +21,7 @@ from rich.table import Table
 from vllm_medusa.model.checkpoint import replaced_directory, write_heads
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.disk import disk_errors
 from vllm_medusa.training.load import load_plain_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2
@@ -138,12 +139,13 @@ def write_heads_of(
     trained = {name.removeprefix("heads."): tensor for name, tensor in state.items() if is_of_heads(name)}
     if config.shared_lm_head:
         trained["lm_heads.0.weight"] = model.heads.get_parameter("lm_heads.0.weight")
-    write_heads(
-        config.output / HEADS_DIRECTORY,
-        model.heads.spec,
-        {name: tensor.to(dtype) for name, tensor in trained.items()},
-        {"medusa_accuracies": held_out.accuracies},
-    )
+    with disk_errors(config.output):
+        write_heads(
+            config.output / HEADS_DIRECTORY,
+            model.heads.spec,
+            {name: tensor.to(dtype) for name, tensor in trained.items()},
+            {"medusa_accuracies": held_out.accuracies},
+        )
 
 
 def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, torch.Tensor]) -> Path:
@@ -166,7 +168,7 @@ def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, tor
             target = PeftModel.from_pretrained(target, directory).merge_and_unload()
     else:
         target.load_state_dict(trained, strict=False)
-    with replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
+    with disk_errors(config.output), replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
         target.save_pretrained(temporary)
         load_tokenizer(config).save_pretrained(temporary)
     return config.output / TARGET_DIRECTORY

@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import Recipe
+from vllm_medusa.training.disk import disk_errors
 from vllm_medusa.training.progress import ProgressBar
 from vllm_medusa.training.schedule import cosine_with_warmup
 
@@ -213,15 +214,12 @@ class MedusaTrainer(Trainer):
             shutil.rmtree(self._checkpoint_root, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                (self._checkpoint_root / name).rename(root / name)
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
-                raise
-            raise OSError(f"cannot write a checkpoint to {root}: {error}") from None
+            with disk_errors(root):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                    (self._checkpoint_root / name).rename(root / name)
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._checkpoint_root, ignore_errors=True)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.under_test import UNDER_TEST
+
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+UNDER_TEST.install()
 
 
 @pytest.fixture(scope="session")

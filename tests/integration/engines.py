@@ -6,7 +6,7 @@ import gc
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.output import SchedulerOutput
+
+from tests.under_test import UNDER_TEST
 
 Prompt = Sequence[int]
 Tree = str | list[int] | list[list[int]]
@@ -55,15 +57,16 @@ def engine(
             speculative["medusa_tree"] = tree
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)  # Models this small gain nothing from more, and lose tenfold where cores are shared.
-    llm = LLM(model=str(model), **(DEFAULTS | options), speculative_config=speculative or None)
-    _open_engines.append(llm)
-    try:
-        yield llm
-    finally:
-        _open_engines.remove(llm)
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    with UNDER_TEST.medusa() if speculative else nullcontext({}) as further:
+        llm = LLM(model=str(model), **(DEFAULTS | further | options), speculative_config=speculative or None)
+        _open_engines.append(llm)
+        try:
+            yield llm
+        finally:
+            _open_engines.remove(llm)
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:

@@ -21,13 +21,15 @@ from tests.integration.engines import (
     generate_staggered,
     greedy,
     is_mixed,
+    model_runner,
     recorded_steps,
     spec_counters,
     texts,
 )
+from tests.under_test import UNDER_TEST, on
 from vllm_medusa.tree.static import best_first, cartesian, chain, from_choices
 
-PROMPTS, TOKENS, MOST = 200, 128, 16
+PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(8, 24, 4))
 TREES = ("chain", "cartesian", "explicit")
 
 
@@ -78,6 +80,7 @@ def run(
     return decode
 
 
+@pytest.mark.both_runners
 @pytest.mark.parametrize("name", TREES)
 def test_greedy_tokens_equal_those_without_speculation(
     name: str, plain: list[list[int]], run: Callable[[str], Run]
@@ -87,6 +90,23 @@ def test_greedy_tokens_equal_those_without_speculation(
     assert all(len(text) == TOKENS for text in emitted)
     different = [index for index, text in enumerate(emitted) if text != plain[index]]
     assert not different
+    assert run(name).counters.accepted > 0
+
+
+@pytest.mark.both_runners
+@pytest.mark.skipif(not UNDER_TEST.is_v2, reason="compares V2 with V1")
+def test_both_runners_emit_the_same_tokens(
+    tiny_target: Path,
+    tiny_heads: Path,
+    held_out_prompts: list[list[int]],
+    trees: dict[str, Tree],
+    plain: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with engine(tiny_target, heads=tiny_heads, tree=trees["explicit"], async_scheduling=False) as llm:
+        assert type(model_runner(llm)).__module__ == "vllm_medusa.runner.v1"
+        assert texts(generate(llm, held_out_prompts[:PROMPTS], greedy(TOKENS))) == plain
 
 
 @pytest.mark.parametrize("name", TREES)

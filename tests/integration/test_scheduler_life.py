@@ -31,7 +31,10 @@ from tests.integration.engines import (
     spec_counters,
     texts,
 )
+from tests.under_test import on
 
+ENDINGS = ["stop tokens", "stop strings", "end of sequence", "min tokens"]
+PROMPTS = on(v1=24, v2=8)
 TREE = [3, 2, 1, 1]
 NODES = 3 + 6 + 6 + 6
 BLOCK_SIZE = 32
@@ -114,7 +117,7 @@ def target(tiny_target: Path, held_out_prompts: list[list[int]], tmp_path_factor
 @pytest.fixture(scope="module")
 def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
     """Run every scenario on stock vLLM."""
-    prompts = held_out_prompts[:24]
+    prompts = held_out_prompts[:PROMPTS]
     with engine(target, **OPTIONS) as llm:
         long = texts(generate(llm, prompts, greedy(96)))
         tokenizer = llm.get_tokenizer()
@@ -171,10 +174,11 @@ def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
             "to the model's length": (prompts[:8], greedy(MAX_LENGTH)),
             "with a grammar": (
                 prompts,
-                list(chain.from_iterable((grammar, greedy(40)) for grammar in structured)),
+                list(chain.from_iterable((grammar, greedy(40)) for grammar in structured[: PROMPTS // 2])),
             ),
         }
-        scenarios = {name: Scenario.run_on(llm, *request) for name, request in requests.items()}
+        names = on(v1=set(requests), v2={*ENDINGS, "with a grammar"})
+        scenarios = {name: Scenario.run_on(llm, *requests[name]) for name in requests if name in names}
     return Plain(prompts, long, scenarios)
 
 
@@ -243,6 +247,7 @@ class TestRoomForAll:
         with engine(target, heads=tiny_heads, tree=TREE, **OPTIONS) as llm:
             yield llm
 
+    @pytest.mark.both_runners
     def test_more_requests_than_fit_at_once_wait_and_give_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         before = spec_counters(llm)
         with recorded_steps(llm) as steps:
@@ -251,7 +256,8 @@ class TestRoomForAll:
         assert max(len(step.num_scheduled_tokens) for step in steps) == MOST < len(plain.prompts)
         assert (spec_counters(llm) - before).acceptance_length > 1.3
 
-    @pytest.mark.parametrize("name", ["stop tokens", "stop strings", "end of sequence", "min tokens"])
+    @pytest.mark.both_runners
+    @pytest.mark.parametrize("name", ENDINGS)
     def test_a_text_ends_inside_an_accepted_branch_where_the_stock_text_ends(
         self, llm: LLM, plain: Plain, name: str
     ) -> None:
@@ -263,6 +269,7 @@ class TestRoomForAll:
         assert stopped > len(outputs) // 2
         assert cut_off(emitted, outputs) > 0
 
+    @pytest.mark.both_runners
     def test_max_tokens_cuts_an_accepted_branch(self, llm: LLM, plain: Plain) -> None:
         limits = [1 + index % 12 for index in range(len(plain.prompts))]
         with recorded_emissions(llm) as emitted:
@@ -309,6 +316,7 @@ class TestRoomForAll:
                     {token: entry.logprob for token, entry in expected.items()}, abs=1e-4
                 )
 
+    @pytest.mark.both_runners
     def test_requests_with_a_grammar_and_trees_share_a_batch(self, llm: LLM, plain: Plain) -> None:
         scenario = plain.scenarios["with a grammar"]
         with recorded_steps(llm) as steps:
@@ -356,6 +364,7 @@ class TestRoomForAll:
         assert outputs["cached"].num_cached_tokens == 2 * BLOCK_SIZE
         assert texts([outputs["cached"], outputs["other"]]) == [rest, plain.long[0][:48]]
 
+    @pytest.mark.both_runners
     def test_blocks_that_accepted_rows_have_written_serve_later_prompts(self, llm: LLM, plain: Plain) -> None:
         assert llm.reset_prefix_cache()
         before = spec_counters(llm)
@@ -368,6 +377,7 @@ class TestRoomForAll:
             assert output.num_cached_tokens >= len(first) + 71 - BLOCK_SIZE
         assert texts(outputs) == [text[71:95] for text in plain.long]
 
+    @pytest.mark.both_runners
     def test_aborted_requests_leave_the_others_text_as_it_is(self, llm: LLM, plain: Plain) -> None:
         for index, prompt in enumerate(plain.prompts):
             llm.llm_engine.add_request(f"life-{index}", {"prompt_token_ids": prompt}, greedy(64))
@@ -403,6 +413,7 @@ class TestLittleRoom:
         with engine(target, heads=tiny_heads, tree=TREE, **options) as llm:
             yield llm
 
+    @pytest.mark.both_runners
     def test_prompts_in_chunks_share_steps_with_trees_that_the_budget_cuts(self, llm: LLM, plain: Plain) -> None:
         with recorded_steps(llm) as steps:
             found = texts(generate_staggered(llm, plain.prompts, greedy(64), most=MOST))
@@ -416,6 +427,7 @@ class TestLittleRoom:
         ]
         assert len(cut) > 10
 
+    @pytest.mark.both_runners
     def test_preempted_requests_resume_with_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         before = preemptions(llm)
         with recorded_steps(llm) as steps:

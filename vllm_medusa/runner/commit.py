@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.runner.step import StepPlan, kv_moves
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 class KVCommit(Protocol):

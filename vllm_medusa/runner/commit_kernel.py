@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
-from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.runner.commit import cache_owners
 from vllm_medusa.runner.step import StepPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 WORDS = {torch.int64: tl.int64, torch.int32: tl.int32, torch.int16: tl.int16, torch.uint8: tl.uint8}
 """The types that bytes may be moved as, widest first."""

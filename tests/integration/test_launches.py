@@ -1,0 +1,66 @@
+"""On model runner V2 a decode step launches few kernels of ours, and nothing in it waits for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.integration.engines import engine, generate, greedy, model_runner, spec_counters
+from tests.integration.launches import PACKAGE, Watch
+from tests.under_test import UNDER_TEST
+
+pytestmark = [
+    pytest.mark.both_runners,
+    pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
+]
+LAUNCHES = {"plan": 3, "masks": 3, "verification": 5, "commit": 1, "proposal": 23}
+"""Of one step, with four heads, two layers and one KV cache group; docs/architecture.md states them."""
+
+
+def test_a_step_launches_few_kernels_and_waits_for_none(
+    tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
+) -> None:
+    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
+    steps: list[Counter[str]] = []
+    with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm:
+        runner, watch = model_runner(llm), Watch(whole=frozenset({"proposal"}))
+        verifier = runner.rejection_sampler
+        [builder] = [each for groups in runner.attn_groups for group in groups for each in group.metadata_builders]
+        builder._mask = watch.watching("masks", builder._mask)
+        runner.prepare_attn = watch.watching("plan", runner.prepare_attn)
+        runner._commit = watch.watching("commit", runner._commit)
+        runner.speculator.propose = watch.watching("proposal", runner.speculator.propose)
+        watched_call = watch.watching("verification", type(verifier).__call__)
+        verifier.__class__ = type("Watched", (type(verifier),), {"__call__": watched_call})
+        prepare_inputs = runner.prepare_inputs
+
+        def counted(*args: Any) -> Any:
+            steps.append(Counter(watch.launches))
+            return prepare_inputs(*args)
+
+        runner.prepare_inputs = counted
+        with watch, watch.kernels(), watch.reads():
+            generate(llm, held_out_prompts[:3], [greedy(12), seeded, greedy(12)])
+        assert spec_counters(llm).accepted > 0
+    assert not watch.waits
+    each = [after - before for before, after in pairwise(steps)]
+    found = {stage: median(step[stage] for step in each) for stage in LAUNCHES}
+    print("\nlaunches of a step:", found)
+    assert found == LAUNCHES
+
+
+def test_the_watch_sees_waits_in_the_plugin_and_there_alone() -> None:
+    watch = Watch()
+    waiting = "torch.arange(3).tolist(); torch.arange(3)[torch.tensor([True, False, True])]"
+    with watch, watch.reads():
+        exec(waiting, {"torch": torch})
+        assert not watch.waits
+        exec(compile(waiting, str(PACKAGE / "x.py"), "exec"), {"torch": torch})
+    assert watch.waits == {"x.py:1 tolist", "x.py:1 aten.index.Tensor"}

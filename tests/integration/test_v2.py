@@ -1,0 +1,32 @@
+"""The engine's tests once more on vLLM's model runner V2, each kind of engine in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+RUNS = {
+    "v2": ["test_exactness.py", "test_sampling.py", "test_scheduler_life.py"],
+    "v2 triton async": ["test_launches.py", "test_exactness.py"],
+}
+"""For each engine (see ``tests.under_test``), the files whose tests hold on both runners."""
+
+
+@pytest.mark.parametrize(("engine", "file"), [(engine, file) for engine, files in RUNS.items() for file in files])
+def test_what_holds_on_v1_holds_on_v2(engine: str, file: str) -> None:
+    path = Path(__file__).parent / file
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "both_runners", str(path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"TEST_ENGINE": engine},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-1000:]

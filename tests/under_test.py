@@ -1,0 +1,98 @@
+"""Which engine the integration tests run on: V1 and the CPU's attention, unless ``TEST_ENGINE`` says otherwise.
+
+``TEST_ENGINE="v2"`` is vLLM's model runner V2, in Triton's interpreter; ``"v2 triton"`` adds the attention that GPUs
+have, and ``"v2 triton async"`` asynchronous scheduling. A process runs one engine under test from its start to its end;
+``tests/integration/test_v2.py`` starts those that are not V1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Size = TypeVar("Size")
+
+
+@dataclass(frozen=True)
+class UnderTest:
+    """The engine under test."""
+
+    words: frozenset[str]
+
+    @property
+    def is_v2(self) -> bool:
+        return "v2" in self.words
+
+    def install(self) -> None:
+        """Prepare the process, before anything imports vLLM."""
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(self.is_v2))
+        if self.is_v2:
+            from tests import triton_interpreter  # noqa: F401
+
+    @contextmanager
+    def medusa(self) -> Iterator[dict[str, Any]]:
+        """Give engines that start in this context what the engine under test has, and further options for ``LLM``."""
+        if "triton" in self.words:
+            _use_triton_attention()
+        if "async" in self.words:
+            _allow_async_scheduling()
+        try:
+            yield {"async_scheduling": "async" in self.words}
+        finally:
+            if "triton" in self.words:
+                _use_cpu_attention()
+
+
+UNDER_TEST = UnderTest(frozenset(os.environ.get("TEST_ENGINE", "v1").split()))
+
+
+def on(v1: Size, v2: Size) -> Size:
+    """Choose a test's size: an interpreted engine is many times slower than V1."""
+    return v2 if UNDER_TEST.is_v2 else v1
+
+
+def _use_triton_attention() -> None:
+    """Give every layer the attention that GPUs have: the CPU platform knows one backend, so that one is overridden."""
+    from contextlib import nullcontext
+
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    from vllm_medusa.runner import v2_cpu
+    from vllm_medusa.runner.commit_kernel import KernelCommit
+
+    # vLLM's cache-write kernel asks what its device can do before it chooses a tile.
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_medusa.attention.triton.TreeTritonAttentionBackend")
+    _cached_get_attn_backend.cache_clear()
+    v2_cpu.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
+    v2_cpu.MedusaModelRunner.commit_class = KernelCommit
+
+
+def _use_cpu_attention() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    _cached_get_attn_backend.cache_clear()
+
+
+def _allow_async_scheduling() -> None:
+    """Keep the CPU platform, which sees no use in it, from turning asynchronous scheduling off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    if hasattr(CpuPlatform, "allows_async_scheduling"):
+        return
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(vllm_config: Any) -> None:
+        wanted = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_update_config)
+    CpuPlatform.allows_async_scheduling = True

@@ -6,6 +6,7 @@ To be imported before vLLM is: vLLM leaves Triton alone on machines where no Tri
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -13,6 +14,7 @@ import torch
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.interpreter import InterpreterBuilder
 
 
 class InterpreterDriver:
@@ -40,6 +42,17 @@ class InterpreterDriver:
 
 backends["cpu"] = Backend(compiler=next(iter(backends.values())).compiler, driver=InterpreterDriver)
 driver.set_active(InterpreterDriver())
+
+masked_store = InterpreterBuilder.create_masked_store
+
+
+def store_under_any_mask(builder: InterpreterBuilder, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+    """Store as a GPU does under the integer mask that vLLM's kernel for grammars makes."""
+    mask.data = mask.data.astype(bool)
+    return masked_store(builder, ptrs, value, mask, *args)
+
+
+InterpreterBuilder.create_masked_store = store_under_any_mask
 
 # The interpreter cannot run this one kernel; vLLM's PyTorch version gives the same tokens.
 from vllm.v1.sample.ops import topk_topp_sampler  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from tests.integration.engines import engine, greedy, model_runner
 from vllm_medusa.model.checkpoint import read_spec, read_state, write_heads
@@ -19,6 +20,7 @@ from vllm_medusa.training.heads import MedusaHeads
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.load import load_target
 from vllm_medusa.training.medusa1 import train_medusa1
+from vllm_medusa.training.run import run_training
 
 NEW_TOKENS = 64
 LENGTH = 48
@@ -133,6 +135,18 @@ def test_families_agree_on_what_enters_the_lm_head(tmp_path, family):
     figures = HeldOut.of(again.hits.numpy(), again.losses.numpy(), again.positions.numpy())
     assert min(figures.top1) > 0.05
     assert_parity(tmp_path / "target", tmp_path / "heads", prompts[:6].tolist())
+
+
+def test_what_medusa_2_writes_is_served_as_it_was_trained(tmp_path, tiny_target, held_out_prompts):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
+    texts = [{"text": tokenizer.decode(prompt)} for prompt in held_out_prompts[6:70]]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    settings = {"method": "medusa2", "steps": 6, "warmup_steps": 1, "block_length": 64, "num_heads": 2}
+    files = {"target": str(tiny_target), "data": [tmp_path / "texts.jsonl"], "output": tmp_path / "out"}
+    result = run_training(TrainConfig(**files, **settings, heads_weight_schedule="constant"), [], show_progress=False)
+    assert result is not None
+    assert result.target is not None
+    assert_parity(result.target, result.heads, held_out_prompts[:6])
 
 
 def random_target(family: str):

@@ -45,6 +45,7 @@ def training_arguments(recipe: Recipe, output: Path, **options: Any) -> Training
         "eval_strategy": "no",
         "report_to": "none",
         "logging_steps": 10,
+        "logging_first_step": True,
         "use_cpu": not torch.accelerator.is_available(),
         "disable_tqdm": True,
         "remove_unused_columns": False,

@@ -16,7 +16,8 @@ python examples/standard_library_text.py "$target" "$walk"
 
 echo "--- distill: the target goes on from them, and so writes its heads' training set"
 vllm-medusa distill "$walk/prompts.jsonl" --model "$target" --output "$walk/data" --max-tokens 160 --temperature 0 \
-    --shard-size 256 --engine-args '{"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 268435456}'
+    --shard-size 256 \
+    --engine-args '{"dtype": "float32", "enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 268435456}'
 
 echo "--- train: four heads learn what the target will say next"
 vllm-medusa train --target "$target" --data "$walk/data" --output "$walk/run" --block-length 192 --batch-size 8 \

@@ -33,7 +33,7 @@ from tests.integration.engines import (
 )
 from tests.under_test import on
 
-ENDINGS = ["stop tokens", "stop strings", "end of sequence", "min tokens"]
+ENDINGS = on(v1=["stop tokens", "stop strings", "end of sequence", "min tokens"], v2=["stop tokens", "end of sequence"])
 PROMPTS = on(v1=24, v2=8)
 TREE = [3, 2, 1, 1]
 NODES = 3 + 6 + 6 + 6
@@ -216,6 +216,12 @@ def preemptions(llm: LLM) -> int:
     return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
 
+def resumptions(steps: Sequence[SchedulerOutput]) -> int:
+    """Count requests that go on after a preemption: V1's runner is told their names, V2's gets them anew."""
+    sent = Counter(request.req_id for step in steps for request in step.scheduled_new_reqs)
+    return sum(len(step.scheduled_cached_reqs.resumed_req_ids) for step in steps) + sent.total() - len(sent)
+
+
 def padded(steps: Sequence[SchedulerOutput]) -> int:
     """Count the drafts that the scheduler has made up for a request that had none."""
     return sum(-1 in draft for step in steps for draft in step.scheduled_spec_decode_tokens.values())
@@ -377,7 +383,6 @@ class TestRoomForAll:
             assert output.num_cached_tokens >= len(first) + 71 - BLOCK_SIZE
         assert texts(outputs) == [text[71:95] for text in plain.long]
 
-    @pytest.mark.both_runners
     def test_aborted_requests_leave_the_others_text_as_it_is(self, llm: LLM, plain: Plain) -> None:
         for index, prompt in enumerate(plain.prompts):
             llm.llm_engine.add_request(f"life-{index}", {"prompt_token_ids": prompt}, greedy(64))
@@ -434,7 +439,7 @@ class TestLittleRoom:
             found = texts(generate(llm, plain.prompts, greedy(96)))
         assert found == plain.long
         assert preemptions(llm) > before
-        assert any(step.scheduled_cached_reqs.resumed_req_ids for step in steps)
+        assert resumptions(steps) > 0
 
     def test_preempted_requests_with_seeds_draw_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         scenario = plain.scenarios["seeded"]

@@ -16,6 +16,7 @@ def main() -> None:
         target,
         speculative_config={"method": "medusa", "model": heads},
         max_model_len=1024,
+        gpu_memory_utilization=0.5,  # On a CPU, a share of the computer's memory, which other programs use as well.
         disable_log_stats=False,
     )
     prompts = ["import os\n\ndef ", "class Queue:\n", "for line in "]

@@ -21,12 +21,12 @@ from vllm_medusa.demo.own_text import continue_blocks
 from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
+from vllm_medusa.files import replaced_directory
 from vllm_medusa.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_spec,
     read_state,
-    replaced_directory,
     write_heads,
 )
 from vllm_medusa.training.data import pack_blocks

@@ -68,8 +68,8 @@ def write_results(path: Path, summary: Mapping[str, Any], details: Mapping[str, 
     path.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def print_table(summary: Mapping[str, Mapping[str, Any]], dtype: str, console: Console) -> None:
-    """Print one row per contender; ``dtype`` is that of the timed runs."""
+def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """Print one row per contender."""
     table = Table(title="One request at a time, greedy")
     table.add_column("")
     for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
@@ -85,7 +85,7 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], dtype: str, console: C
         )
     console.print(table)
     shares = ", ".join(f"{TITLES[name]} {run['identical_share_timed']:.0%}" for name, run in summary.items())
-    console.print(f"Timed in {dtype}; texts of these runs that are plain vLLM's: {shares}.")
+    console.print(f"Texts of the timed runs that are plain vLLM's: {shares}.")
 
 
 def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> None:

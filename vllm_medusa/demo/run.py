@@ -61,7 +61,7 @@ def run_demo(directory: Path, rounds: int) -> None:
         "rounds": rounds,
     }
     write_results(directory / "results.json", summary, details)
-    print_table(summary, comparison.dtype, console)
+    print_table(summary, console)
     note = f"{artifacts.describe()}; {comparison.threads} CPU threads, {comparison.dtype}, batch 1, greedy"
     console.print(f"Speed: {note}.")
     draw(directory / "results.png", summary, note)

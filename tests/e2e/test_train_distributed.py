@@ -38,5 +38,4 @@ def test_two_processes_train_as_one_with_a_batch_twice_as_large(tmp_path, tiny_t
         blocks[name] = torch.cat([heads[key].flatten() for key in sorted(heads) if key.startswith("blocks.")])
     for one, two in ((changes["one"], changes["two"]), (blocks["one"], blocks["two"])):
         assert one.norm() > 0
-        # AdamW's first steps make much of the least gradients, and so of rounding; half the data would do far worse.
-        assert (one - two).norm() < 0.25 * one.norm()
+        assert (one - two).norm() < 1e-3 * one.norm()

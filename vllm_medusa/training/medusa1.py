@@ -15,7 +15,7 @@ from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, Recipe
 from vllm_medusa.training.heads import MedusaHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
-from vllm_medusa.training.losses import IGNORED, medusa_loss
+from vllm_medusa.training.losses import IGNORED, LabelCounts, medusa_loss
 from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
 
 
@@ -71,12 +71,13 @@ class Medusa1(nn.Module):
         self,
         input_ids: torch.Tensor,  # [batch, length], int64
         labels: torch.Tensor,  # [batch, length], int64
+        counts: LabelCounts | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return the loss; outside of training, also what ``HeldOut.of`` adds up."""
+        """Return the batch's share of the loss; outside of training, the loss and what ``HeldOut.of`` adds up."""
         with torch.no_grad():
             hidden = final_hidden_states(self.target, input_ids).float()
         if self.training:
-            return {"loss": medusa_loss(self.heads, hidden, labels, self.recipe.decay, self.recipe.chunk_size)}
+            return {"loss": medusa_loss(self.heads, hidden, labels, self.recipe.decay, self.recipe.chunk_size, counts)}
         return judged_heads(self.heads, hidden, labels, self.recipe)
 
 

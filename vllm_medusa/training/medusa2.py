@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from vllm_medusa.training.accuracy import score_target
 from vllm_medusa.training.config import Medusa2Recipe
 from vllm_medusa.training.hidden import final_hidden_states
-from vllm_medusa.training.losses import distillation_loss, lm_loss, medusa_loss
+from vllm_medusa.training.losses import LabelCounts, distillation_loss, lm_loss, medusa_loss
 from vllm_medusa.training.medusa1 import judged_heads, untrained_heads
 from vllm_medusa.training.schedule import second_stage, sine_rise
 from vllm_medusa.training.target_logits import TargetLogits
@@ -63,30 +63,41 @@ class Medusa2(nn.Module):
         input_ids: torch.Tensor,  # [batch, length], int64
         labels: torch.Tensor,  # [batch, length], int64
         weights: LossWeights,
+        counts: LabelCounts | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return the joint loss and its parts; outside of training, also what ``HeldOut.of`` adds up."""
+        """Return the batch's share of the joint loss and of its parts.
+
+        Outside of training, return the loss and what ``HeldOut.of`` adds up.
+        """
         if not self.training:
             return self._judged(input_ids, labels, weights)
         frozen = weights.target == 0
         self.target.train(not frozen)
         with torch.set_grad_enabled(not frozen):
             hidden = final_hidden_states(self.target, input_ids)
-        heads_loss = medusa_loss(self.heads, hidden.float(), labels, self.recipe.decay, self.recipe.chunk_size)
+        recipe = self.recipe
+        heads_loss = medusa_loss(self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts)
         if frozen:
             return {"loss": weights.heads * heads_loss, "heads_loss": heads_loss}
-        target_loss = self._target_loss(input_ids, hidden, labels)
+        target_loss = self._target_loss(input_ids, hidden, labels, counts)
         loss = weights.target * target_loss + weights.heads * heads_loss
         return {"loss": loss, "heads_loss": heads_loss, "target_loss": target_loss}
 
-    def _target_loss(self, input_ids: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _target_loss(
+        self,
+        input_ids: torch.Tensor,  # [batch, length], int64
+        hidden: torch.Tensor,  # [batch, length, hidden_size]
+        labels: torch.Tensor,  # [batch, length], int64
+        counts: LabelCounts | None,
+    ) -> torch.Tensor:
         """L_LM, or the divergence from the original target: the same model with its adapters switched off."""
         if not self.recipe.distill:
-            return lm_loss(self.logits, hidden, labels, self.recipe.chunk_size)
+            return lm_loss(self.logits, hidden, labels, self.recipe.chunk_size, counts)
         self.target.eval()
         with torch.no_grad(), self.target.disable_adapter():
             original = final_hidden_states(self.target, input_ids)
         self.target.train()
-        return distillation_loss(self.logits, hidden, original, labels, self.recipe.chunk_size)
+        return distillation_loss(self.logits, hidden, original, labels, self.recipe.chunk_size, counts)
 
     def _judged(self, input_ids: torch.Tensor, labels: torch.Tensor, weights: LossWeights) -> dict[str, torch.Tensor]:
         hidden = final_hidden_states(self.target, input_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import Recipe
 from vllm_medusa.training.disk import disk_errors
+from vllm_medusa.training.losses import LabelCounts, count_labels
 from vllm_medusa.training.progress import ProgressBar
 from vllm_medusa.training.schedule import cosine_with_warmup
 
@@ -76,8 +77,9 @@ class MedusaTrainer(Trainer):
     """Trains a module that holds a ``target`` and its ``heads``.
 
     Checkpoints hold what is trained, the optimizer, the schedule and the state of all chance; never a frozen target.
-    The module's ``forward(input_ids, labels)`` returns a mapping: ``loss`` and, in training, further losses to log; in
-    evaluation, the arguments of ``HeldOut.of`` in their order. A step's loss is the mean over its batches and devices.
+    The module's ``forward(input_ids, labels, counts)`` returns a mapping: ``loss`` and, in training, further losses to
+    log; in evaluation, the arguments of ``HeldOut.of`` in their order. A step's loss is a mean over all its labels,
+    however they are spread over batches and devices (see ``LabelCounts``).
 
     Args:
         model: the module.
@@ -113,6 +115,8 @@ class MedusaTrainer(Trainer):
             callbacks=[*callbacks, *([self._progress] if show_progress else [])],
         )
         self.remove_callback(PrinterCallback)
+        # The losses of a step's batches are shares that add up; the base class would take their mean.
+        self.model_accepts_loss_kwargs = True
 
     def fit(self, resume_from: Path | None = None) -> HeldOut:
         """Train, from a checkpoint if one is given, and judge the result.
@@ -169,25 +173,38 @@ class MedusaTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], LabelCounts]:
+        """Return a step's batches on this device, and the step's labels per device, whose gradients are averaged."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = torch.zeros(1 + self.recipe.num_heads, device=device)
+        for batch in batches:
+            counted += count_labels(batch["labels"].to(device), self.recipe.num_heads)
+        return batches, LabelCounts.of(self.accelerator.reduce(counted, reduction="mean") / max(1, self.args.n_gpu))
+
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: LabelCounts | None = None,
     ) -> Any:
         """Return the loss and keep its parts for the log."""
-        outputs = model(**inputs)
-        if model.training:
+        if not model.training:
+            outputs = model(**inputs)
+        else:
+            outputs = model(**inputs, counts=num_items_in_batch)
             for name, value in outputs.items():
                 if name != "loss":
-                    self._parts[name].append(value.detach())
+                    self._parts[name].append(value.detach() * self.current_gradient_accumulation_steps)
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's parts to what is logged."""
+        """Add the loss's parts to what is logged; all devices call it."""
         if "loss" in logs:
-            logs = logs | {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            means = {name: torch.stack(values).mean() for name, values in self._parts.items()}
+            logs = logs | {name: float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}
             self._parts.clear()
         super().log(logs, start_time)
 

@@ -17,7 +17,8 @@ from vllm_medusa.demo.corpus import load_corpus
 from vllm_medusa.demo.own_text import continue_blocks
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
-from vllm_medusa.model.checkpoint import replaced_directory, write_heads
+from vllm_medusa.files import replaced_directory
+from vllm_medusa.model.checkpoint import write_heads
 from vllm_medusa.training.data import pack_blocks
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from vllm_medusa.training.dialogue import Answer, Dialogue, OnAnswer, PromptStyle
-from vllm_medusa.training.distill import DistillConfig, distill
+from vllm_medusa.training.distill import DistillConfig, distill, shard_path
 from vllm_medusa.training.manifest import MANIFEST_FILE, Counts, Manifest
 from vllm_medusa.training.record_files import BadLineCounter, BadLineError, BadLines, read_records
 from vllm_medusa.training.records import Conversation, Record, TurnTokens
-from vllm_medusa.training.shards import replaced_file, shard_path
 
 CONFIG = DistillConfig(model="echo", style=PromptStyle.CHAT, temperature=(0.0, 0.5, 1.0), shard_size=3)
 
@@ -225,23 +224,6 @@ def test_a_full_disk_ends_the_run_with_nothing_half_written(prompts: Path, tmp_p
     run([prompts], tmp_path / "set", long)
     assert [*records(tmp_path / "set")] == [*records(tmp_path / "whole")]
     assert whole.counts == Manifest.read(tmp_path / "set").counts
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def replace(error: type[BaseException] | None = None) -> None:
-        with replaced_file(path) as stream:
-            stream.write("new")
-            if error is not None:
-                raise error
-
-    with pytest.raises(KeyboardInterrupt):
-        replace(KeyboardInterrupt)
-    assert contents(tmp_path) == {"file": b"old"}
-    replace()
-    assert contents(tmp_path) == {"file": b"new"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tests.unit.tiny_targets import VOCABULARY, build, counting
 from vllm_medusa.model.checkpoint import read_spec, read_state
+from vllm_medusa.model.conversion import Layout, convert
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.heads import MedusaHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
@@ -68,7 +69,18 @@ def test_medusa_1_writes_heads_and_how_they_came_about(settings):
     assert written["command"] == ["vllm-medusa", "train"]
     figures = json.loads((config.output / "results.json").read_text())
     assert figures["after"]["accuracies"] == result.after.accuracies
-    assert json.loads((result.heads / "config.json").read_text())["medusa_accuracies"] == result.after.accuracies
+    heads_config = json.loads((result.heads / "config.json").read_text())
+    assert heads_config["medusa_accuracies"] == result.after.accuracies
+    assert heads_config["base_model_name_or_path"] == config.target
+
+
+def test_heads_of_either_method_can_be_converted_without_saying_whose_they_are(settings, tmp_path):
+    for config in (medusa1(settings), medusa2(settings, resume="never")):
+        result = run(config)
+        output = tmp_path / config.method
+        convert(result.heads, output, Layout.ORIGINAL)
+        named = json.loads((output / "config.json").read_text())["base_model_name_or_path"]
+        assert named == str(result.target or config.target)
 
 
 def test_heads_are_written_in_the_targets_dtype_and_shared_ones_with_their_lm_head(settings, target):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from vllm_medusa.files import replaced_directory
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -162,26 +161,3 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     state = load_file(Path(directory) / WEIGHTS_FILE)
     read_spec(directory).validate(state)
     return state
-
-
-@contextmanager
-def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary sibling to fill; on success it takes the directory's place, on an error it vanishes."""
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        # safetensors makes files that nobody but their owner may read; who serves a model is often another user.
-        for path in temporary.rglob("*.safetensors"):
-            path.chmod(0o644)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(old)
-            temporary.rename(target)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from vllm_medusa.model.checkpoint import CONFIG_FILE, HeadsSpec, replaced_directory, write_heads
+from vllm_medusa.files import replaced_directory
+from vllm_medusa.model.checkpoint import CONFIG_FILE, HeadsSpec, write_heads
 from vllm_medusa.model.published import (
     BASE_MODEL,
     HeadNames,

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.model.checkpoint import CONFIG_FILE, HeadsSpec, replaced_directory
+from vllm_medusa.files import replaced_directory
+from vllm_medusa.model.checkpoint import CONFIG_FILE, HeadsSpec
 from vllm_medusa.model.weight_files import ORIGINAL_FILE, Weights
 
 PREFIX = r"(?P<prefix>medusa_heads?\.)?"

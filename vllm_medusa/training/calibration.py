@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from vllm_medusa.files import replaced_file
 from vllm_medusa.model.checkpoint import CONFIG_FILE
-from vllm_medusa.training.shards import replaced_file
 from vllm_medusa.tree.static import (
     MAX_NODES,
     StaticTree,

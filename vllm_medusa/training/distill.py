@@ -11,12 +11,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from vllm_medusa.files import replaced_file
 from vllm_medusa.training.dialogue import Dialogue, PromptStyle, Sampling, Target
 from vllm_medusa.training.generation_progress import generation_progress
-from vllm_medusa.training.manifest import Counts, Manifest
+from vllm_medusa.training.manifest import Counts, Manifest, sha256_of
 from vllm_medusa.training.record_files import BadLineCounter, BadLines, Source, without_directories
 from vllm_medusa.training.seeds import Seed, read_seeds
-from vllm_medusa.training.shards import replaced_file, sha256_of, shard_path
 
 
 class DistillConfig(BaseModel):
@@ -112,6 +112,11 @@ def distill(
     )
     finished.write(output)
     return finished
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """Return where a shard, counted from 0, stands once it is finished."""
+    return directory / f"shard-{number:05d}.jsonl"
 
 
 def _groups(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Seed]]]]:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from vllm_medusa.files import replaced_file
 from vllm_medusa.training.calibration import Calibration
 from vllm_medusa.training.evaluation import Evaluation
-from vllm_medusa.training.shards import replaced_file
 
 SHOWN_RANKS = (1, 2, 3, 5, 10)
 """Columns of the table of accuracies."""

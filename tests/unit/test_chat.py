@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.unit.strategies import deterministic
 from vllm_medusa.demo.tokenizer import train_tokenizer
 from vllm_medusa.training.chat import encode_conversation, encode_prompt
 from vllm_medusa.training.losses import IGNORED
@@ -147,6 +148,7 @@ def test_marked_and_unmarked_templates_agree(vocabulary: PreTrainedTokenizerFast
 WORDS = st.text(min_size=1, max_size=12).filter(lambda text: text == text.strip() and "<|" not in text)
 
 
+@deterministic
 @given(turns=st.lists(WORDS, min_size=2, max_size=5), template=st.sampled_from(list(TEMPLATES.values())))
 def test_whatever_is_said_exactly_the_assistant_s_part_is_learnt(
     vocabulary: PreTrainedTokenizerFast, turns: list[str], template: Template

@@ -23,11 +23,23 @@ def test_every_setting_is_an_option():
 def test_options_are_read_by_their_fields_types_and_win_over_the_file(asked, tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("num_heads: 3\nseed: 5\n")
-    options = ["--seed", "7", "--data", "b.jsonl", "--distill", "--method", "medusa2", "--learning-rate", "3e-4"]
+    options = [
+        "--seed",
+        "7",
+        "--data",
+        "b.jsonl",
+        "--distill",
+        "--skip-bad",
+        "--method",
+        "medusa2",
+        "--learning-rate",
+        "3e-4",
+    ]
     result = CliRunner().invoke(app, [*NEEDED, "--config", str(file), *options])
     assert result.exit_code == 0, result.output
     (config,) = asked
     assert (config.num_heads, config.seed, config.distill, config.learning_rate) == (3, 7, True, 3e-4)
+    assert config.skip_bad
     assert [str(file) for file in config.data] == ["a.jsonl", "b.jsonl"]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.unit.strategies import deterministic
 from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from vllm_medusa.training.dataset import encode_record, load_blocks
 from vllm_medusa.training.losses import IGNORED
@@ -108,6 +109,7 @@ def labelled(samples: Sequence[Sample]) -> list[int]:
     return sorted(label for sample in samples for label in sample.labels if label != IGNORED)
 
 
+@deterministic
 @given(sample_lists(), st.integers(1, 40))
 def test_packing_keeps_every_label_and_every_sample_that_fits_whole(samples: list[Sample], length: int):
     blocks = list(pack_samples(samples, length, PADDING))

@@ -43,7 +43,8 @@ def test_a_line_without_a_prompt_is_refused_before_a_model_is_loaded(tmp_path: P
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a"}\n{"prompt": \n')
     line = refusal(prompts, "--output", tmp_path / "set", "--model", tmp_path / "model")
-    assert line == f"{prompts}:2: not JSON: Expecting value at character 11; correct the line, or let bad_lines be skip"
+    bad = f"{prompts}:2: not JSON: Expecting value at character 11"
+    assert line == f"{bad}; correct the line, or skip such lines with --skip-bad"
     assert refusal(tmp_path / "none.txt", "--output", tmp_path / "set", "--model", tmp_path / "model").startswith(
         "[Errno 2] No such file or directory"
     )
@@ -61,3 +62,16 @@ def test_a_server_is_asked_and_the_set_summed_up(prompts: Path, tmp_path: Path):
     assert refusal(prompts, "--output", tmp_path / "other", "--url", url, "--model", "tiny").startswith(
         f"no answer from {url}: "
     )
+
+
+def test_a_line_without_a_prompt_is_skipped_and_counted_on_demand(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with serve(models=(200, MODELS), chat_completions=(200, CHAT)) as (url, _):
+        options = ["--output", str(tmp_path / "set"), "--url", url, "--model", "tiny", "--skip-bad"]
+        result = CliRunner().invoke(app, ["distill", str(prompts), *options])
+    assert result.exit_code == 0, result.output
+    assert "1 records of 1 prompts" in result.stdout
+    assert caplog.messages == [
+        f"bad lines skipped: 1; the first is {prompts}:2: not JSON: Expecting value at character 11"
+    ]

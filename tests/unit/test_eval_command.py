@@ -53,6 +53,16 @@ def test_nothing_is_written_unasked(models: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["heads"]
 
 
+def test_a_bad_line_is_refused_or_on_demand_skipped(models: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def f("}\n{"prompt": \n')
+    refused = evaluate(models, models / "heads", "--prompts", prompts)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"Error: {prompts}:2: not JSON: ")
+    skipped = evaluate(models, models / "heads", "--prompts", prompts, "--skip-bad")
+    assert skipped.exit_code == 0, skipped.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,7 +5,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_medusa.training.config import Medusa1Config, Medusa2Recipe, Recipe, TrainConfig, load_config, validated
+from tests.unit.strategies import deterministic
+from vllm_medusa.training.config import Medusa1Config, Medusa2Recipe, Recipe, TrainConfig, load_config
+from vllm_medusa.training.record_files import BadLines
 
 NEEDED = {"target": "T", "data": ["a.jsonl"], "output": "out"}
 POSITIVE = [
@@ -39,6 +41,7 @@ def test_settings_survive_being_written_and_read(tmp_path):
     assert load_config(file, {}) == config
 
 
+@deterministic
 @given(name=st.sampled_from(POSITIVE), value=st.one_of(st.integers(max_value=0), st.floats(max_value=0)))
 def test_a_value_out_of_bounds_is_refused_by_name_on_one_line(name, value):
     with pytest.raises(ValueError) as refusal:
@@ -53,7 +56,7 @@ def test_a_value_out_of_bounds_is_refused_by_name_on_one_line(name, value):
     ("settings", "message"),
     [
         ({"learning_rat": 1}, "learning_rat is no setting; did you mean learning_rate"),
-        ({"zzz": 1}, "zzz is no setting; known are bad_lines, batch_size, "),
+        ({"zzz": 1}, "zzz is no setting; known are batch_size, "),
         ({"method": "medusa3"}, "method: input should be 'medusa1' or 'medusa2', got 'medusa3'"),
         ({"num_heads": "four"}, "num_heads: input should be a valid integer.*, got 'four'"),
         ({"data": []}, "data: tuple should have at least 1 item"),
@@ -72,6 +75,11 @@ def test_wrong_settings_are_refused_on_one_line(settings, message):
     with pytest.raises(ValueError, match=message) as refusal:
         load(**settings)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("given", "done"), [({}, BadLines.REFUSE), ({"skip_bad": True}, BadLines.SKIP)])
+def test_bad_lines_are_refused_unless_they_are_to_be_skipped(given, done):
+    assert load(**given).bad_lines is done
 
 
 def test_a_missing_setting_is_named():
@@ -109,7 +117,7 @@ def test_settings_cannot_be_changed():
 
 
 def test_the_papers_values_are_the_defaults_of_joint_training():
-    recipe = validated(Medusa2Recipe, {})
+    recipe = Medusa2Recipe()
     assert (recipe.decay, recipe.learning_rate_ratio, recipe.heads_weight, recipe.lora_rank) == (0.8, 4.0, 0.2, 32)
 
 

@@ -37,9 +37,13 @@ def distill(
     engine_args: Annotated[
         str, typer.Option(help="Without --url: further options of vllm.LLM, as a JSON object; vLLM checks them.")
     ] = "{}",
-    bad_lines: Annotated[
-        BadLines, typer.Option(help="What to do about a line without a prompt, or with one that the target refuses.")
-    ] = BadLines.REFUSE,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad",
+            help="Skip and count lines without a prompt, or with one that the target refuses; else they are refused.",
+        ),
+    ] = False,
 ) -> None:
     """Let the target write its heads' training set: its own answers to prompts, for "train --data OUTPUT".
 
@@ -47,8 +51,8 @@ def distill(
     that was interrupted goes on after its last finished file when the same command is given again.
     """
     with one_line_errors():
-        from vllm_medusa.training.config import validated
         from vllm_medusa.training.distill import distill as run_distillation
+        from vllm_medusa.training.validation import validated
 
         config = validated(DistillConfig, settings)
         target: Target
@@ -67,7 +71,7 @@ def distill(
             target = OfflineTarget(config.model, tokenizer, options)
             style = PromptStyle.CHAT if tokenizer.chat_template else PromptStyle.COMPLETION
         config = config.model_copy(update={"style": config.style or style})
-        counter = BadLineCounter(bad_lines)
+        counter = BadLineCounter(BadLines.from_flag(skip_bad))
         manifest = run_distillation(prompts, output, config, target, counter, sys.argv)
     counter.report()
     assert manifest.counts is not None

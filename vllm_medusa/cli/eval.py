@@ -31,7 +31,9 @@ def evaluate(
         PromptStyle | None,
         typer.Option(help="How prompts reach the target; left out, in its chat template if it has one."),
     ] = None,
-    bad_lines: Annotated[BadLines, typer.Option(help="What to do about a line that is no good.")] = BadLines.REFUSE,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip and count lines that are no good; otherwise they are refused.")
+    ] = False,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes of the tree to write; left out, serving chooses how many.")
     ] = None,
@@ -59,6 +61,7 @@ def evaluate(
                 raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; make it first")
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib, which is not installed; install vllm-medusa[train]")
+        bad_lines = BadLines.from_flag(skip_bad)
         sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
         directory = local_directory(model)
         tokenizer = AutoTokenizer.from_pretrained(directory)

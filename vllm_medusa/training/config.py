@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_medusa.training.record_files import BadLines
-
-Model = TypeVar("Model", bound=BaseModel)
+from vllm_medusa.training.validation import validated
 
 
 class Recipe(BaseModel):
@@ -103,7 +101,9 @@ class TrainConfig(Medusa2Recipe):
     held_out_share: float = Field(
         default=0.02, gt=0, lt=1, description="The share of blocks to judge on, without held_out."
     )
-    bad_lines: BadLines = Field(default=BadLines.REFUSE, description="What to do about a line that holds no record.")
+    skip_bad: bool = Field(
+        default=False, description="Skip and count lines that hold no record; otherwise they are refused."
+    )
     block_length: int = Field(default=2048, ge=8, description="Tokens per block.")
     output: Path = Field(description="The directory for the heads, the results and the checkpoints.")
 
@@ -130,6 +130,11 @@ class TrainConfig(Medusa2Recipe):
     report_to: tuple[str, ...] = Field(
         default=(), description="Where losses are logged: tensorboard, wandb, mlflow, ..."
     )
+
+    @property
+    def bad_lines(self) -> BadLines:
+        """What to do about a line that holds no record."""
+        return BadLines.from_flag(self.skip_bad)
 
     @model_validator(mode="after")
     def _combinations_exist(self) -> Self:
@@ -177,23 +182,3 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
         settings.update(content)
     settings.update(overrides)
     return validated(TrainConfig, settings)
-
-
-def validated(kind: type[Model], settings: Mapping[str, Any]) -> Model:
-    """Make a pydantic model; what is wrong becomes one line of a ``ValueError``."""
-    try:
-        return kind.model_validate(dict(settings))
-    except ValidationError as error:
-        raise ValueError("; ".join(_describe(kind, dict(detail)) for detail in error.errors())) from None
-
-
-def _describe(kind: type[BaseModel], detail: dict[str, Any]) -> str:
-    name = str(detail["loc"][0]) if detail["loc"] else ""
-    if detail["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, kind.model_fields, n=1)
-        known = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(kind.model_fields))}"
-        return f"{name} is no setting; {known}"
-    if detail["type"] == "missing":
-        return f"{name} is missing: {kind.model_fields[name].description}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}, got {detail['input']!r}" if name else message

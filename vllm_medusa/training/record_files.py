@@ -28,6 +28,11 @@ class BadLines(StrEnum):
     REFUSE = "refuse"
     SKIP = "skip"
 
+    @classmethod
+    def from_flag(cls, skip_bad: bool) -> BadLines:
+        """Read the flag ``--skip-bad``."""
+        return cls.SKIP if skip_bad else cls.REFUSE
+
 
 @dataclass(frozen=True)
 class Source:
@@ -70,7 +75,7 @@ class BadLineCounter:
         """
         message = f"{source}: {reason}"
         if self.policy is BadLines.REFUSE:
-            raise BadLineError(f"{message}; correct the line, or let bad_lines be {BadLines.SKIP}")
+            raise BadLineError(f"{message}; correct the line, or skip such lines with --skip-bad")
         self.count += 1
         self.first = self.first or message
 

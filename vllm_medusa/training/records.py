@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Model = TypeVar("Model", bound=BaseModel)
+from vllm_medusa.training.validation import shortened, validated
 
 
 class Role(StrEnum):
@@ -148,27 +148,5 @@ def as_object(value: Any) -> Mapping[str, Any]:
 
     """
     if not isinstance(value, dict):
-        raise ValueError(f"must be a JSON object, got {_shown(value)}")
+        raise ValueError(f"must be a JSON object, got {shortened(value)}")
     return value
-
-
-def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
-    """Make a pydantic model.
-
-    Raises:
-        ValueError: the first thing that is wrong, in one line.
-
-    """
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] in ("value_error", "missing") else f", got {_shown(first['input'])}"
-        raise ValueError(f"{place}: {reason}{got}" if place else f"{reason}{got}") from None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,8 +16,8 @@ from vllm_medusa.training.records import (
     Role,
     as_object,
     refuse_empty_turns,
-    validated,
 )
+from vllm_medusa.training.validation import validated
 
 PROMPT_KEYS = ("prompt", "text")
 """Where a prompt that is no conversation may stand."""

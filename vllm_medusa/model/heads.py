@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_medusa.model.config import MedusaHeadsConfig
+from vllm_medusa.model.published import HeadTensor
 
 
 class ResidualBlock(nn.Module):
@@ -114,7 +115,8 @@ class MedusaHeads(nn.Module):
         for parameter in (parameters[name] for name in loaded):
             parameter.data.zero_()
         for stored_name, tensor in weights:
-            name = _native_name(stored_name)
+            tensor_of_head = HeadTensor.parse(stored_name)
+            name = stored_name if tensor_of_head is None else tensor_of_head.served_name
             if name == "token_map":
                 self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
             elif name in parameters:
@@ -153,13 +155,3 @@ class MedusaHeads(nn.Module):
                 "give heads that were trained for this target"
             )
         getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-
-
-def _native_name(name: str) -> str:
-    """Translate the original repository's ``HEAD.LAYER.linear.weight`` and ``HEAD.LAYER.weight`` (its LM head)."""
-    parts = name.removeprefix("medusa_head.").removeprefix("medusa_heads.").split(".")
-    if len(parts) < 3 or not (parts[0].isdigit() and parts[1].isdigit()):
-        return ".".join(parts)
-    if parts[2] == "linear":
-        return f"blocks.{parts[0]}.layers.{parts[1]}.{parts[3]}"
-    return f"lm_heads.{parts[0]}.{parts[2]}"

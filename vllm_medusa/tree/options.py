@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.tree.static import StaticTree, best_first, cartesian, chain, from_choices, validate_depth
+from vllm_medusa.tree.static import (
+    StaticTree,
+    available_nodes,
+    best_first,
+    cartesian,
+    chain,
+    from_choices,
+    validate_depth,
+)
 
 PUBLISHED_ACCURACIES = (
     (0.560, 0.112, 0.055, 0.033, 0.020),
@@ -88,9 +96,7 @@ class TreeOptions:
         accuracies = accuracies[: self.num_heads, : self.top_k]
         if self.nodes is not None:
             return best_first(accuracies, self.nodes)
-        heads, ranks = accuracies.shape
-        available = sum(ranks**depth for depth in range(1, heads + 1))
-        return best_first(accuracies, min(available, self.default_nodes))
+        return best_first(accuracies, min(available_nodes(*accuracies.shape), self.default_nodes))
 
 
 def _read_tree(path: str) -> Any:

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_medusa.demo.blocks import pack_blocks
 from vllm_medusa.demo.corpus import load_corpus
-from vllm_medusa.demo.own_text import continue_blocks
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
 from vllm_medusa.files import replaced_directory
 from vllm_medusa.model.checkpoint import write_heads
-from vllm_medusa.training.data import pack_blocks
+from vllm_medusa.training.continuation import continue_prompts
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
 CACHE = Path(__file__).parents[1] / "build" / "test-models"
@@ -79,8 +79,10 @@ def tiny_heads(settings: TinySettings = TinySettings()) -> Path:
         target = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(target_directory)
         documents = encode_documents(tokenizer, load_corpus(settings.characters).training)
-        prompts = torch.tensor(cut_prompts(documents, [settings.heads.prompt_length], settings.own_texts))
-        own = continue_blocks(target, prompts, settings.target.block_length, show_progress=False)
+        prompts = cut_prompts(documents, [settings.heads.prompt_length], settings.own_texts)
+        new = settings.target.block_length - settings.heads.prompt_length
+        samples = continue_prompts(target, prompts, new, batch_size=64, show_progress=False, min_new_tokens=new)
+        own = torch.tensor([sample.input_ids for sample in samples])
         # The blocks held out here come from training prompts: no test needs them to be more than plausible.
         result = train_medusa1(target, own[64:], own[:64], settings.heads, show_progress=False)
         extra = {"medusa_accuracies": result.accuracies.tolist()}

@@ -122,3 +122,5 @@ def test_a_continuation_ends_with_its_end_of_sequence_token(
     end = plain.index(plain[5], len(prompts[0]))
     monkeypatch.setattr(target.generation_config, "eos_token_id", [EOS_ID, plain[5]])
     assert continue_prompts(target, prompts, 12, show_progress=False)[0].input_ids == plain[: end + 1]
+    longer = continue_prompts(target, prompts, 12, show_progress=False, min_new_tokens=12)
+    assert [len(sample) for sample in longer] == [len(prompt) + 12 for prompt in prompts]

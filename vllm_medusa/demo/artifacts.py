@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_medusa.demo.blocks import pack_blocks
 from vllm_medusa.demo.corpus import Corpus, load_corpus
-from vllm_medusa.demo.own_text import continue_blocks
 from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
@@ -29,7 +29,7 @@ from vllm_medusa.model.checkpoint import (
     read_state,
     write_heads,
 )
-from vllm_medusa.training.data import pack_blocks
+from vllm_medusa.training.continuation import continue_prompts
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
 
@@ -148,8 +148,10 @@ class Artifacts:
 
     def _own_texts(self, texts: tuple[str, ...], count: int) -> torch.Tensor:
         documents = encode_documents(self.load_tokenizer(), texts)
-        prompts = torch.tensor(cut_prompts(documents, [self.settings.heads.prompt_length], count))
-        return continue_blocks(self.load_target(), prompts, self.settings.own_text_length)
+        prompts = cut_prompts(documents, [self.settings.heads.prompt_length], count)
+        new = self.settings.own_text_length - self.settings.heads.prompt_length
+        samples = continue_prompts(self.load_target(), prompts, new, batch_size=64, min_new_tokens=new)
+        return torch.tensor([sample.input_ids for sample in samples])
 
     def _built(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
         """Return a directory's path, built if it is not there; the corpus, and so all, follows Python's version."""

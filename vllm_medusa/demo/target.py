@@ -9,9 +9,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vllm_medusa.demo.blocks import shuffled_batches
 from vllm_medusa.demo.muon import Muon
 from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID
-from vllm_medusa.training.data import shuffled_batches
 from vllm_medusa.training.progress import training_progress
 from vllm_medusa.training.schedule import linear_with_warmup
 

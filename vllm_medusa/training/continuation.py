@@ -22,6 +22,7 @@ def continue_prompts(
     new_tokens: int,
     batch_size: int = 8,
     show_progress: bool = True,
+    min_new_tokens: int = 0,
 ) -> list[Sample]:
     """Let a target continue prompts greedily, up to and including its end-of-sequence token.
 
@@ -31,6 +32,7 @@ def continue_prompts(
         new_tokens: most tokens that it writes after each.
         batch_size: prompts at a time.
         show_progress: whether to draw a progress bar.
+        min_new_tokens: tokens before which the end-of-sequence token is not chosen.
 
     Returns:
         Each prompt with its continuation, which alone has labels.
@@ -40,12 +42,14 @@ def continue_prompts(
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     for batch in track(batches, "Target's own text", disable=not show_progress):
-        written = _continue_batch(target, [prompts[index] for index in batch], new_tokens)
+        written = _continue_batch(target, [prompts[index] for index in batch], new_tokens, min_new_tokens)
         samples |= zip(batch, written, strict=True)
     return [samples[index] for index in range(len(prompts))]
 
 
-def _continue_batch(target: PreTrainedModel, prompts: list[Sequence[int]], new_tokens: int) -> list[Sample]:
+def _continue_batch(
+    target: PreTrainedModel, prompts: list[Sequence[int]], new_tokens: int, min_new_tokens: int
+) -> list[Sample]:
     longest = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
@@ -57,6 +61,7 @@ def _continue_batch(target: PreTrainedModel, prompts: list[Sequence[int]], new_t
         tokens.to(target.device),
         attention_mask=mask.to(target.device),
         do_sample=False,
+        min_new_tokens=min_new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=min(ends, default=0),
     )[:, longest:].tolist()

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from vllm_medusa.training.data import pack_blocks, shuffled_batches
+from vllm_medusa.demo.blocks import pack_blocks, shuffled_batches
 
 
 def test_blocks_hold_the_documents_one_after_another():

@@ -56,11 +56,7 @@ def evaluate(
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        for path in (output, plot):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; make it first")
-        if plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib, which is not installed; install vllm-medusa[train]")
+        _check_outputs(output, plot)
         bad_lines = BadLines.from_flag(skip_bad)
         sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
         directory = local_directory(model)
@@ -86,3 +82,12 @@ def evaluate(
             write_calibration(heads, calibration, nodes)
             tree = "grown to the size that serving asks for" if nodes is None else f"of {nodes} nodes"
             typer.echo(f"{heads}: written medusa_accuracies, and for medusa_tree the best tree {tree}")
+
+
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
+    """Refuse, before anything is measured, what could not be written after it."""
+    for path in (output, plot):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; make it first")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib, which is not installed; install vllm-medusa[train]")

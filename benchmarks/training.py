@@ -95,10 +95,10 @@ def judge(name: str, way: Way, target: Path, directory: Path, steps: int, order:
             decoded = each.answer()
         tokens_per_step[tree] = 1 + decoded.accepted / decoded.drafts
     results = json.loads((trained / "results.json").read_text())
-    accuracies = json.loads(evaluation.read_text())["accuracies"]
+    top_k = json.loads(evaluation.read_text())["top_k"]
     return {
         "title": way.title,
-        "top1": [ranks[0] for ranks in accuracies],
+        "top1": [ranks[0] for ranks in top_k],
         "tokens_per_step": tokens_per_step,
         "target_lm_loss": [results[when]["lm_loss"] for when in ("before", "after")] if results["before"] else None,
     }

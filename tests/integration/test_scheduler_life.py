@@ -33,8 +33,8 @@ from tests.integration.engines import (
 )
 from tests.under_test import on
 
-ENDINGS = on(v1=["stop tokens", "stop strings", "end of sequence", "min tokens"], v2=["stop tokens", "end of sequence"])
-PROMPTS = on(v1=24, v2=8)
+ENDINGS = on(v1=["stop tokens", "stop strings", "end of sequence", "min tokens"], v2=["stop tokens"])
+PROMPTS, LENGTH = on(v1=(24, 96), v2=(8, 56))
 TREE = [3, 2, 1, 1]
 NODES = 3 + 6 + 6 + 6
 BLOCK_SIZE = 32
@@ -119,7 +119,7 @@ def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
     """Run every scenario on stock vLLM."""
     prompts = held_out_prompts[:PROMPTS]
     with engine(target, **OPTIONS) as llm:
-        long = texts(generate(llm, prompts, greedy(96)))
+        long = texts(generate(llm, prompts, greedy(LENGTH)))
         tokenizer = llm.get_tokenizer()
         stop_tokens = [late_token(text) for text in long]
         # From the middle of one token to the middle of the one after the next, where tokens are long enough.
@@ -257,7 +257,7 @@ class TestRoomForAll:
     def test_more_requests_than_fit_at_once_wait_and_give_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         before = spec_counters(llm)
         with recorded_steps(llm) as steps:
-            found = texts(generate(llm, plain.prompts, greedy(96)))
+            found = texts(generate(llm, plain.prompts, greedy(LENGTH)))
         assert found == plain.long
         assert max(len(step.num_scheduled_tokens) for step in steps) == MOST < len(plain.prompts)
         assert (spec_counters(llm) - before).acceptance_length > 1.3
@@ -275,7 +275,6 @@ class TestRoomForAll:
         assert stopped > len(outputs) // 2
         assert cut_off(emitted, outputs) > 0
 
-    @pytest.mark.both_runners
     def test_max_tokens_cuts_an_accepted_branch(self, llm: LLM, plain: Plain) -> None:
         limits = [1 + index % 12 for index in range(len(plain.prompts))]
         with recorded_emissions(llm) as emitted:
@@ -374,14 +373,14 @@ class TestRoomForAll:
     def test_blocks_that_accepted_rows_have_written_serve_later_prompts(self, llm: LLM, plain: Plain) -> None:
         assert llm.reset_prefix_cache()
         before = spec_counters(llm)
-        generate(llm, plain.prompts, greedy(72))
+        generate(llm, plain.prompts, greedy(LENGTH - 24))
         assert (spec_counters(llm) - before).accepted > 0
-        prompts = [prompt + text[:71] for prompt, text in zip(plain.prompts, plain.long, strict=True)]
+        prompts = [prompt + text[: LENGTH - 25] for prompt, text in zip(plain.prompts, plain.long, strict=True)]
         outputs = generate(llm, prompts, greedy(24))
         for output, first in zip(outputs, plain.prompts, strict=True):
             assert output.num_cached_tokens is not None
-            assert output.num_cached_tokens >= len(first) + 71 - BLOCK_SIZE
-        assert texts(outputs) == [text[71:95] for text in plain.long]
+            assert output.num_cached_tokens >= len(first) + LENGTH - 25 - BLOCK_SIZE
+        assert texts(outputs) == [text[LENGTH - 25 : LENGTH - 1] for text in plain.long]
 
     def test_aborted_requests_leave_the_others_text_as_it_is(self, llm: LLM, plain: Plain) -> None:
         for index, prompt in enumerate(plain.prompts):
@@ -414,11 +413,10 @@ class TestLittleRoom:
 
     @pytest.fixture(scope="class")
     def llm(self, plain: Plain, target: Path, tiny_heads: Path) -> Iterator[LLM]:
-        options = OPTIONS | {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 13}
+        options = OPTIONS | {"max_num_batched_tokens": 48, "num_gpu_blocks_override": on(v1=13, v2=9)}
         with engine(target, heads=tiny_heads, tree=TREE, **options) as llm:
             yield llm
 
-    @pytest.mark.both_runners
     def test_prompts_in_chunks_share_steps_with_trees_that_the_budget_cuts(self, llm: LLM, plain: Plain) -> None:
         with recorded_steps(llm) as steps:
             found = texts(generate_staggered(llm, plain.prompts, greedy(64), most=MOST))
@@ -436,7 +434,7 @@ class TestLittleRoom:
     def test_preempted_requests_resume_with_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         before = preemptions(llm)
         with recorded_steps(llm) as steps:
-            found = texts(generate(llm, plain.prompts, greedy(96)))
+            found = texts(generate(llm, plain.prompts, greedy(LENGTH)))
         assert found == plain.long
         assert preemptions(llm) > before
         assert resumptions(steps) > 0

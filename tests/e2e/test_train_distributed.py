@@ -10,32 +10,47 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ONE = [sys.executable, "-m"]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+from tests.e2e.forked import run, run_command
+
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 def test_two_processes_train_as_one_with_a_batch_twice_as_large(tmp_path, tiny_target):
+    """Though the processes do not have as many labels each: a line is a text, and a block's end is padding."""
     data = tmp_path / "texts.txt"
     data.write_text(Path(json.__file__).read_text())
     options = {"--target": tiny_target, "--data": data, "--method": "medusa2", "--lora-dropout": 0, "--num-heads": 2}
-    options |= {"--block-length": 64, "--steps": 4, "--heads-only-steps": 1, "--warmup-steps": 1}
-    original = load_file(tiny_target / "model.safetensors")
-    changes, blocks = {}, {}
-    for name, launcher, batch in (("one", ONE, 4), ("two", TWO, 2)):
-        run = options | {"--output": tmp_path / name, "--batch-size": batch}
-        arguments = [str(part) for pair in run.items() for part in pair]
-        done = subprocess.run(
-            [*launcher, "vllm_medusa.cli", "train", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+    options |= {"--block-length": 64, "--steps": 4, "--heads-only-steps": 1, "--warmup-steps": 1, "--logging-steps": 1}
+    one, two = (
+        [str(part) for pair in (options | changes).items() for part in pair]
+        for changes in (
+            {"--output": tmp_path / "one", "--batch-size": 4},
+            {"--output": tmp_path / "two", "--batch-size": 2},
         )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("vllm serve") == 1
-        target, heads = (load_file(tmp_path / name / part / "model.safetensors") for part in ("target", "heads"))
-        changes[name] = torch.cat([(target[key] - original[key]).flatten() for key in sorted(original)])
-        blocks[name] = torch.cat([heads[key].flatten() for key in sorted(heads) if key.startswith("blocks.")])
-    for one, two in ((changes["one"], changes["two"]), (blocks["one"], blocks["two"])):
-        assert one.norm() > 0
-        assert (one - two).norm() < 1e-3 * one.norm()
+    )
+    alone = run(run_command, "train", *one, directory=tmp_path)
+    assert alone.code == 0, alone.stderr
+    command = [*TWO_PROCESSES, "vllm_medusa.cli", "train", *two]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("vllm serve") == 1
+
+    start = load_file(tiny_target / "model.safetensors")
+    start |= {f"lm_heads.{head}.weight": start["lm_head.weight"] for head in range(2)}
+    for part in ("target", "heads"):
+        by_one, by_two = (load_file(tmp_path / name / part / "model.safetensors") for name in ("one", "two"))
+        learnt, learnt_by_two = (
+            torch.cat([(weights[key] - start.get(key, 0)).flatten() for key in sorted(weights)])
+            for weights in (by_one, by_two)
+        )
+        assert learnt.norm() > 0
+        assert (learnt - learnt_by_two).norm() < 1e-3 * learnt.norm(), part
+    logs = [losses(tmp_path / name / "checkpoints" / "checkpoint-4") for name in ("one", "two")]
+    assert len(logs[0]) == 4
+    torch.testing.assert_close(logs[0], logs[1], rtol=1e-3, atol=0)
+
+
+def losses(checkpoint: Path) -> list[dict[str, float]]:
+    """What was logged of each step's loss and its parts."""
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [{name: entry[name] for name in entry if name.endswith("loss")} for entry in log if "loss" in entry]

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-
-PROGRAM = """
-import os, signal, sys
-from pathlib import Path
 from transformers import TrainerCallback
+
+from tests.e2e.forked import run, run_command
 from vllm_medusa.training.config import load_config
 from vllm_medusa.training.run import run_training
 
-class KillAt(TrainerCallback):
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-run_training(load_config(Path(sys.argv[1]), {}), sys.argv, show_progress=False, callbacks=[KillAt()])
-"""
 NEVER = 0
 
 
-def train(settings: Path, kill_at: int) -> int:
-    command = [sys.executable, "-c", PROGRAM, str(settings), str(kill_at)]
-    return subprocess.run(command, timeout=300, check=False).returncode
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(settings: Path, kill_at: int) -> None:
+    run_training(load_config(settings, {}), ["train"], show_progress=False, callbacks=[KillAt(kill_at)])
+
+
+def train_on_a_small_disk(*arguments: str) -> None:
+    """The process may write files of 1 MB and no more: the heads fit, the optimizer's state does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    run_command("train", *arguments)
 
 
 def write_texts(file: Path) -> Path:
@@ -47,54 +51,39 @@ def test_a_killed_run_ends_in_the_same_weights_and_optimizer(tmp_path, tiny_targ
     data = write_texts(tmp_path / "texts.jsonl")
     shape = {"num_heads": 2, "block_length": 64, "batch_size": 4, "warmup_steps": 1, "steps": 7, "save_steps": 3}
     files = {}
-    for run in ("whole", "killed"):
-        files[run] = tmp_path / f"{run}.yaml"
-        paths = {"target": str(tiny_target), "data": [str(data)], "output": str(tmp_path / run)}
-        files[run].write_text(yaml.safe_dump({"method": method, **paths, **shape, "save_limit": 9}))
+    for name in ("whole", "killed"):
+        files[name] = tmp_path / f"{name}.yaml"
+        paths = {"target": str(tiny_target), "data": [str(data)], "output": str(tmp_path / name)}
+        files[name].write_text(yaml.safe_dump({"method": method, **paths, **shape, "save_limit": 9}))
 
-    assert train(files["whole"], NEVER) == 0
-    assert train(files["killed"], kill_at=5) == -signal.SIGKILL
+    assert run(train, files["whole"], NEVER, directory=tmp_path).code == 0
+    assert run(train, files["killed"], 5, directory=tmp_path).code == -signal.SIGKILL
     checkpoints = tmp_path / "killed" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-3"]
     assert not (tmp_path / "killed" / "heads").exists()
-    assert train(files["killed"], NEVER) == 0
+    assert run(train, files["killed"], NEVER, directory=tmp_path).code == 0
 
     written = ["heads", *(["target"] if method == "medusa2" else [])]
     for file in [f"{directory}/model.safetensors" for directory in written] + [
         "checkpoints/checkpoint-6/model.safetensors"
     ]:
-        whole, killed = (load_file(tmp_path / run / file) for run in ("whole", "killed"))
+        whole, killed = (load_file(tmp_path / name / file) for name in ("whole", "killed"))
         assert whole.keys() == killed.keys()
-        assert all(torch.equal(whole[name], killed[name]) for name in whole), file
-    optimizers = [torch.load(tmp_path / run / "checkpoints/checkpoint-6/optimizer.pt") for run in ("whole", "killed")]
+        assert all(torch.equal(whole[tensor], killed[tensor]) for tensor in whole), file
+    optimizers = [torch.load(tmp_path / name / "checkpoints/checkpoint-6/optimizer.pt") for name in ("whole", "killed")]
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
-    figures = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("whole", "killed")]
+    figures = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
     assert figures[0] == figures[1]
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing_half_written(tmp_path, tiny_target):
-    """The process may write files of 1 MB and no more: the heads fit, the optimizer's state does not."""
     data = write_texts(tmp_path / "texts.jsonl")
     output = tmp_path / "out"
     options = {"--target": tiny_target, "--data": data, "--output": output, "--block-length": 64, "--steps": 2}
     options |= {"--num-heads": 1, "--save-steps": 1, "--warmup-steps": 1, "--batch-size": 4}
-    train_command = [
-        sys.executable,
-        "-m",
-        "vllm_medusa.cli",
-        "train",
-        *(str(part) for pair in options.items() for part in pair),
-    ]
-    done = subprocess.run(
-        train_command,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run(train_on_a_small_disk, *(str(part) for pair in options.items() for part in pair), directory=tmp_path)
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
-    assert done.returncode == 2, done.stderr
+    assert done.code == 2, done.stderr
     assert len(errors) == 1
     assert str(output / "checkpoints") in errors[0]
     assert "Traceback" not in done.stderr

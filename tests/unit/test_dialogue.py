@@ -89,7 +89,7 @@ def test_what_is_to_be_continued_is_the_first_turn(value: dict[str, Any]):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no turn is the user's"),
         (turns("a", "", " "), r"message 3 \(counted from 1\), the user's, is empty"),
         ({"prompt": ""}, "message 1 .* is empty"),
-        ({"prompt": 1}, "content: Input should be a valid string, got 1"),
+        ({"prompt": 1}, "content: input should be a valid string, got 1"),
         ({"body": "a"}, "holds 'body'; give 'messages', 'conversations', 'prompt' or 'text'"),
         ("a", "must be a JSON object, got 'a'"),
     ],

@@ -49,8 +49,10 @@ class UnderTest:
 UNDER_TEST = UnderTest(frozenset(os.environ.get("TEST_ENGINE", "v1").split()))
 
 
-def on(v1: Size, v2: Size) -> Size:
-    """Choose a test's size: an interpreted engine is many times slower than V1."""
+def on(v1: Size, v2: Size, triton: Size | None = None) -> Size:
+    """Choose a test's size: an interpreted engine is many times slower than V1, and with Triton's attention more so."""
+    if triton is not None and "triton" in UNDER_TEST.words:
+        return triton
     return v2 if UNDER_TEST.is_v2 else v1
 
 

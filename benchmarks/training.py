@@ -30,7 +30,7 @@ from vllm_medusa.demo.report import machine, versions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NODES = (7, 31)
-PROMPTS, TOKENS = 32, 128
+PROMPTS, TOKENS = 192, 96
 DISTILL = {"max-tokens": 160, "temperature": 0, "shard-size": 256}
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 28}
 

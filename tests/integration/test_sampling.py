@@ -28,7 +28,7 @@ from tests.integration.engines import (
 from tests.under_test import UNDER_TEST, on
 from vllm_medusa.tree.static import best_first
 
-TOKENS, MOST, NODES, PROMPTS = on(v1=(48, 16, 31, 4), v2=(16, 24, 12, 1))
+TOKENS, MOST, NODES, PROMPTS = on(v1=(48, 16, 31, 4), v2=(32, 24, 12, 1))
 COMMON = list(range(3, on(v1=300, v2=130)))
 """Tokens that the target emits often: a byte-level vocabulary starts with single characters, then frequent pairs.
 

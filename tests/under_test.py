@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,15 +35,10 @@ class UnderTest:
     @contextmanager
     def medusa(self) -> Iterator[dict[str, Any]]:
         """Give engines that start in this context what the engine under test has, and further options for ``LLM``."""
-        if "triton" in self.words:
-            _use_triton_attention()
         if "async" in self.words:
             _allow_async_scheduling()
-        try:
+        with _triton_attention() if "triton" in self.words else nullcontext():
             yield {"async_scheduling": "async" in self.words}
-        finally:
-            if "triton" in self.words:
-                _use_cpu_attention()
 
 
 UNDER_TEST = UnderTest(frozenset(os.environ.get("TEST_ENGINE", "v1").split()))
@@ -56,31 +51,21 @@ def on(v1: Size, v2: Size, triton: Size | None = None) -> Size:
     return v2 if UNDER_TEST.is_v2 else v1
 
 
-def _use_triton_attention() -> None:
+def _triton_attention() -> AbstractContextManager[None]:
     """Give every layer the attention that GPUs have: the CPU platform knows one backend, so that one is overridden."""
-    from contextlib import nullcontext
-
     import torch
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.attention.selector import _cached_get_attn_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from vllm_medusa.attention.selection import overridden
+    from vllm_medusa.attention.triton import TreeTritonAttentionBackend
     from vllm_medusa.runner import v2_cpu
     from vllm_medusa.runner.commit_kernel import KernelCommit
 
     # vLLM's cache-write kernel asks what its device can do before it chooses a tile.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_medusa.attention.triton.TreeTritonAttentionBackend")
-    _cached_get_attn_backend.cache_clear()
     v2_cpu.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
     v2_cpu.MedusaModelRunner.commit_class = KernelCommit
-
-
-def _use_cpu_attention() -> None:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.attention.selector import _cached_get_attn_backend
-
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-    _cached_get_attn_backend.cache_clear()
+    return overridden({AttentionBackendEnum.CPU_ATTN: TreeTritonAttentionBackend})
 
 
 def _allow_async_scheduling() -> None:

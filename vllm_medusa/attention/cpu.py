@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,30 +16,19 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_medusa.attention.metadata import TreeMetadataBuilder, TreeQueries
+from vllm_medusa.attention.selection import overridden
 
 READABLE_ISAS = ("vec", "vec16")
 """Instruction sets whose cache layout we read: keys ``[head_dim, block_size]`` in each block, values ``[block_size,
 head_dim]``. The others pack keys in tiles of their own."""
 
 
-@contextmanager
-def tree_attention_selected() -> Iterator[None]:
-    """Make layers that are constructed in this context use the tree backend where they would use ``CPU_ATTN``.
-
-    The CPU platform answers ``CPU_ATTN`` to every request, so the registry's override is the way in; it is lifted again
-    for the sake of other engines in the process.
-    """
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{TreeCPUAttentionBackend.__name__}")
-    _cached_get_attn_backend.cache_clear()
-    try:
-        yield
-    finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-        _cached_get_attn_backend.cache_clear()
+def tree_attention_selected() -> AbstractContextManager[None]:
+    """Make layers that are constructed in this context use the tree backend: the CPU platform always says CPU_ATTN."""
+    return overridden({AttentionBackendEnum.CPU_ATTN: TreeCPUAttentionBackend})
 
 
 @dataclass(frozen=True, eq=False)

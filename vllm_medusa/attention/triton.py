@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,34 +15,28 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
     TritonAttentionMetadataBuilder,
 )
-from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_medusa.attention.metadata import TreeMetadataBuilder, TreeRows
+from vllm_medusa.attention.selection import overridden
 from vllm_medusa.attention.triton_ops import CAUSAL, AttentionStep, LayerOptions, Workspace, tree_attention
 from vllm_medusa.tree.topology import WORD_BITS
 
 
-@contextmanager
-def tree_attention_selected() -> Iterator[None]:
-    """Make layers that are constructed in this context use the tree form of the backend that vLLM selects.
-
-    The registry's overrides are the way in; they are lifted again for the sake of other engines in the process.
-    """
-    with ExitStack() as stack:
-        for name, backend in (("FLASH_ATTN", TreeFlashAttentionBackend), ("TRITON_ATTN", TreeTritonAttentionBackend)):
-            overridden = AttentionBackendEnum[name]
-            register_backend(overridden, f"{__name__}.{backend.__name__}")
-            stack.callback(overridden.clear_override)
-        stack.callback(_cached_get_attn_backend.cache_clear)
-        _cached_get_attn_backend.cache_clear()
-        yield
+def tree_attention_selected() -> AbstractContextManager[None]:
+    """Make layers that are constructed in this context use the tree form of the backend that vLLM selects."""
+    return overridden(
+        {
+            AttentionBackendEnum.FLASH_ATTN: TreeFlashAttentionBackend,
+            AttentionBackendEnum.TRITON_ATTN: TreeTritonAttentionBackend,
+        }
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -103,11 +103,6 @@ class TreeTable:
 
         """
         return self._kept(tuple(kind), tuple(num_drafts))
-
-    @cached_property
-    def num_words(self) -> int:
-        """Words of a row's bitmask."""
-        return self._words.shape[2]
 
     def _layout(self, kinds: tuple[int, ...], num_drafts: tuple[int, ...]) -> TreeLayout:
         kind, lengths = torch.tensor(kinds), torch.tensor(num_drafts) + 1

@@ -182,9 +182,7 @@ def commit_milliseconds(llm: Any, rows: int) -> float:
 
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     plan = plan_step(
-        runner._table,
-        kind=[1],
-        num_drafts=[rows - 1],
+        runner._drafts.layout(["timed"], [False], [rows - 1]),
         token=torch.arange(rows),
         token_ids=torch.zeros(rows, dtype=torch.long),
         seq_lens=torch.tensor([PROMPT_TOKENS + rows]),

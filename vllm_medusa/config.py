@@ -11,8 +11,8 @@ from vllm.platforms import current_platform
 
 from vllm_medusa.model.config import MODEL_TYPE, MedusaHeadsConfig
 from vllm_medusa.plugin import ENGINE_METHOD
-from vllm_medusa.tree.options import TreeOptions
-from vllm_medusa.tree.static import StaticTree, from_choices
+from vllm_medusa.tree.dynamic import DynamicTree
+from vllm_medusa.tree.options import Tree, TreeOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +27,11 @@ WORKERS = {
 """The worker class for each platform (``current_platform.device_type``)."""
 
 DEFAULT_NODES = {"cpu": 7, "cuda": 31}
-"""Nodes of a sparse tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so few."""
+"""Nodes of a sparse or dynamic tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so
+few."""
+
+DEFAULT_MIN_PROBABILITY = {"cpu": 0.1, "cuda": 0.0}
+"""Least probability of a dynamic tree's paths: on a CPU a row costs about a tenth of what a further token saves."""
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
@@ -49,7 +53,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     checkpoint, then from here.
 
     Once constructed, ``method`` is ``plugin.ENGINE_METHOD``, ``model`` names our proposer, ``draft_model_config.model``
-    is the heads' checkpoint, and ``medusa_tree`` is resolved to explicit choices.
+    is the heads' checkpoint, and ``medusa_tree`` is resolved: to "dynamic" or to explicit choices.
 
     Raises:
         ValueError: an option is wrong, does not fit the heads, or asks for what the target cannot do; one line that
@@ -61,10 +65,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     model: str | None = None
     """The heads' checkpoint: a directory or a Hugging Face repository."""
     medusa_tree: SkipValidation[MedusaTree | None] = None
-    """"sparse", "chain", a Cartesian product such as [4, 2, 2], explicit choices such as [[0], [0, 0], [1]], or a
-    JSON file that holds one of these."""
+    """"sparse", "dynamic", "chain", a Cartesian product such as [4, 2, 2], explicit choices such as
+    [[0], [0, 0], [1]], or a JSON file that holds one of these."""
     medusa_top_k: int | None = Field(default=None, ge=1)
-    """Most tokens of each head that a sparse tree may use."""
+    """Most tokens of each head that a sparse or dynamic tree may use."""
+    medusa_min_probability: float | None = Field(default=None, ge=0, le=1)
+    """The least probability, by the heads' own judgement, of a path that a dynamic tree drafts."""
     medusa_acceptance: Literal["exact"] = "exact"
     """The rule by which drafted tokens are kept; "exact" keeps the target's own output."""
 
@@ -110,9 +116,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             self.draft_tensor_parallel_size or self.target_parallel_config.tensor_parallel_size,
         )
         self._fit_heads_to_target()
-        tree = self._resolve_tree()
+        tree = self._tree_options.build(self.medusa_tree if self.medusa_tree is not None else self.heads.medusa_tree)
         self.num_speculative_tokens = len(tree) - 1
-        self.medusa_tree = tree.choices
+        self.medusa_tree = "dynamic" if isinstance(tree, DynamicTree) else tree.choices
         self._check_branching(tree)
         self.method = ENGINE_METHOD
         self.model = PROPOSER
@@ -124,10 +130,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         return self.draft_model_config.hf_config
 
     @property
-    def static_tree(self) -> StaticTree:
+    def tree(self) -> Tree:
         """The resolved tree."""
-        assert isinstance(self.medusa_tree, list)
-        return from_choices(self.medusa_tree)  # type: ignore[arg-type]
+        return self._tree_options.build(self.medusa_tree)
 
     def __repr__(self) -> str:
         return (
@@ -178,18 +183,19 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                 f"{heads.truncated_vocab_size}, the target has {heads.vocab_size} tokens; correct config.json"
             )
 
-    def _resolve_tree(self) -> StaticTree:
-        """Build the tree that the options ask for, else the one that the checkpoint names."""
-        heads = self.heads
-        options = TreeOptions(
+    @property
+    def _tree_options(self) -> TreeOptions:
+        heads, platform = self.heads, current_platform.device_type
+        return TreeOptions(
             num_heads=heads.num_heads,
             num_tokens=heads.truncated_vocab_size or heads.vocab_size,
             accuracies=heads.medusa_accuracies,
             nodes=self.num_speculative_tokens,
-            default_nodes=DEFAULT_NODES[current_platform.device_type],
+            default_nodes=DEFAULT_NODES[platform],
             top_k=self.medusa_top_k,
+            min_probability=self.medusa_min_probability,
+            default_min_probability=DEFAULT_MIN_PROBABILITY[platform],
         )
-        return options.build(self.medusa_tree if self.medusa_tree is not None else heads.medusa_tree)
 
     def _check_target(self) -> None:
         """Refuse targets that Medusa cannot serve, whatever the tree."""
@@ -223,7 +229,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                     f"speculative_config: method 'medusa' does not support {what} ({target.model!r}); drop it"
                 )
 
-    def _check_branching(self, tree: StaticTree) -> None:
+    def _check_branching(self, tree: Tree) -> None:
         """Refuse targets that can verify a chain but not a branching tree."""
         target = self.target_model_config
         unsupported = {
@@ -231,7 +237,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             "multi-dimensional rotary positions": target.uses_mrope or getattr(target, "uses_xdrope_dim", 0) > 0,
         }
         for what, used in unsupported.items():
-            if used and not tree.topology.is_chain:
+            if used and tree.branches:
                 raise ValueError(
                     f"medusa_tree: a branching tree cannot verify a model with {what} ({target.model!r}); "
                     'give medusa_tree "chain"'
@@ -262,7 +268,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     """
     options = medusa_config(vllm_config)
     assert options is not None
-    if options.static_tree.topology.is_chain:
+    if not options.tree.branches:
         return
     dtype = vllm_config.cache_config.cache_dtype
     unsupported = {

@@ -12,9 +12,17 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_medusa.config import DEFAULT_NODES, PROPOSER, MedusaSpeculativeConfig, check_engine, medusa_config
+from vllm_medusa.config import (
+    DEFAULT_MIN_PROBABILITY,
+    DEFAULT_NODES,
+    PROPOSER,
+    MedusaSpeculativeConfig,
+    check_engine,
+    medusa_config,
+)
 from vllm_medusa.plugin import ENGINE_METHOD
-from vllm_medusa.tree.static import MAX_NODES, cartesian
+from vllm_medusa.tree.dynamic import DynamicTree
+from vllm_medusa.tree.static import MAX_NODES, StaticTree, cartesian
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,8 +88,8 @@ def test_the_method_and_the_heads_are_all_that_must_be_given(models: Models) -> 
     config = models.configure({})
     medusa = medusa_config(config)
     assert medusa is not None
-    assert medusa.num_speculative_tokens == DEFAULT_NODES["cpu"] == len(medusa.static_tree) - 1
-    assert not medusa.static_tree.topology.is_chain
+    assert medusa.num_speculative_tokens == DEFAULT_NODES["cpu"] == len(medusa.tree) - 1
+    assert not medusa.tree.topology.is_chain
     assert medusa.heads.num_heads == 4
     assert (medusa.method, medusa.model) == (ENGINE_METHOD, PROPOSER)
     assert config.parallel_config.worker_cls == "vllm_medusa.runner.cpu_worker.MedusaCPUWorker"
@@ -100,7 +108,7 @@ def test_flags_say_the_same_as_the_json(models: Models) -> None:
     medusa = medusa_config(engine_args.create_engine_config())
     assert medusa is not None
     assert medusa.draft_model_config.model == heads
-    assert medusa.static_tree.choices == cartesian([2, 2]).prefix(4).choices
+    assert medusa.tree.choices == cartesian([2, 2]).prefix(4).choices
 
 
 def test_a_flag_that_contradicts_the_json_is_refused(models: Models) -> None:
@@ -123,10 +131,22 @@ def test_a_flag_that_contradicts_the_json_is_refused(models: Models) -> None:
         ({"num_speculative_tokens": 1000}, "give trees of 1 to 155 nodes, not 1000"),
         ({"medusa_top_k": 0}, "medusa_top_k is 0; input should be greater than or equal to 1"),
         ({"medusa_top_k": -1}, "medusa_top_k is -1"),
+        ({"medusa_min_probability": 1.5}, "medusa_min_probability is 1.5; input should be less than or equal to 1"),
+        ({"medusa_min_probability": -0.1}, "medusa_min_probability is -0.1"),
+        ({"medusa_min_probability": 0.2}, 'medusa_min_probability: 0.2 is for medusa_tree "dynamic"'),
+        ({"medusa_tree": "dynamic", "num_speculative_tokens": 9, "medusa_top_k": 1}, "trees of at most 4 nodes, not 9"),
+        (
+            {"medusa_tree": "dynamic", "num_speculative_tokens": 900, "medusa_top_k": 96},
+            "would weigh more than 16384 paths for 900 nodes",
+        ),
+        (
+            {"medusa_tree": "dynamic", "num_speculative_tokens": 1025},
+            "1025 nodes are asked for; give a tree of at most",
+        ),
         ({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'; input should be 'exact'"),
         ({"medusa_tree": 3}, "medusa_tree: 3 is none of"),
         ({"medusa_tree": {"depth": 3}}, "medusa_tree: {'depth': 3} is none of"),
-        ({"medusa_tree": "sparce"}, 'medusa_tree: \'sparce\' is none of "sparse", "chain"'),
+        ({"medusa_tree": "sparce"}, 'medusa_tree: \'sparce\' is none of "sparse", "dynamic", "chain"'),
         ({"medusa_tree": []}, "medusa_tree: the list of paths is empty"),
         ({"medusa_tree": [2, 0]}, "medusa_tree: [2, 0] is not a Cartesian product"),
         ({"medusa_tree": [-2]}, "medusa_tree: [-2] is not a Cartesian product"),
@@ -222,12 +242,12 @@ def test_a_tree_is_the_same_from_the_options_a_file_or_the_checkpoint(
             options = {"model": models.heads(medusa_tree=tree)}
         case _:
             options = {"medusa_tree": str(path)}
-    assert sorted(models.medusa(options).static_tree.choices) == sorted(choices)
+    assert sorted(models.medusa(options).tree.choices) == sorted(choices)
 
 
 def test_the_options_tree_goes_before_the_checkpoints(models: Models) -> None:
     heads = models.heads(medusa_tree=[2])
-    assert models.medusa({"model": heads, "medusa_tree": "chain"}).static_tree.topology.is_chain
+    assert models.medusa({"model": heads, "medusa_tree": "chain"}).tree.topology.is_chain
 
 
 @pytest.mark.parametrize("text", ["{", "3", "null", '{"medusa_tree": 3}', '"tree.json"', "\x00"])
@@ -240,8 +260,30 @@ def test_a_tree_file_that_holds_no_tree_is_refused_naming_it(models: Models, tmp
 def test_a_sparse_tree_grows_from_the_checkpoints_accuracies(models: Models) -> None:
     heads = models.heads(medusa_accuracies=[[0.4, 0.35, 0.2], [0.1, 0.05, 0.01], [0.1, 0.0, 0.0], [0.1, 0.0, 0.0]])
     options = {"model": heads, "num_speculative_tokens": 4}
-    assert models.medusa(dict(options)).static_tree.choices == [[0], [1], [2], [0, 0]]
-    assert models.medusa({**options, "medusa_top_k": 2}).static_tree.choices == [[0], [1], [0, 0], [1, 0]]
+    assert models.medusa(dict(options)).tree.choices == [[0], [1], [2], [0, 0]]
+    assert models.medusa({**options, "medusa_top_k": 2}).tree.choices == [[0], [1], [0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("form", ["option", "file", "checkpoint"])
+def test_a_dynamic_tree_has_the_nodes_asked_for_and_a_floor_that_suits_the_platform(
+    models: Models, tmp_path: Path, form: str
+) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text('"dynamic"')
+    options: dict[str, Any] = {
+        "option": {"medusa_tree": "dynamic"},
+        "file": {"medusa_tree": str(path)},
+        "checkpoint": {"model": models.heads(medusa_tree="dynamic")},
+    }[form]
+    default = models.medusa(dict(options))
+    assert isinstance(default.tree, DynamicTree)
+    assert (default.medusa_tree, default.num_speculative_tokens) == ("dynamic", DEFAULT_NODES["cpu"])
+    assert (default.tree.top_k, default.tree.min_probability) == (7, DEFAULT_MIN_PROBABILITY["cpu"])
+    asked = models.medusa(
+        {**options, "num_speculative_tokens": 20, "medusa_top_k": 3, "medusa_min_probability": 0.0}
+    ).tree
+    assert isinstance(asked, DynamicTree)
+    assert (asked.nodes, asked.top_k, asked.min_probability) == (20, 3, 0.0)
 
 
 @pytest.mark.parametrize("accuracies", ["high", [[0.5], [0.3, 0.2]], [[1.5]], [0.5, 0.5], [[None]]])
@@ -253,7 +295,7 @@ def test_accuracies_that_are_no_matrix_of_probabilities_are_refused(models: Mode
 
 def test_num_speculative_tokens_cuts_a_tree_to_its_first_nodes(models: Models) -> None:
     cut = models.medusa({"medusa_tree": [3, 2], "num_speculative_tokens": 4})
-    assert cut.static_tree.choices == cartesian([3, 2]).choices[:4]
+    assert cut.tree.choices == cartesian([3, 2]).choices[:4]
     assert cut.num_speculative_tokens == 4
 
 
@@ -330,7 +372,7 @@ MROPE = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1000
 
 def test_a_target_with_multi_dimensional_positions_takes_a_chain_and_no_branching_tree(models: Models) -> None:
     assert 'give medusa_tree "chain"' in models.refusal({"medusa_tree": [2]}, target=MROPE)
-    assert models.medusa({"medusa_tree": "chain"}, target=MROPE).static_tree.topology.is_chain
+    assert models.medusa({"medusa_tree": "chain"}, target=MROPE).tree.topology.is_chain
 
 
 def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:
@@ -344,11 +386,12 @@ def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -
 
 def described(config: MedusaSpeculativeConfig | None) -> tuple[Any, ...]:
     assert config is not None
+    assert isinstance(config.tree, StaticTree)
     return (
         config.method,
         config.model,
         config.num_speculative_tokens,
-        config.static_tree.choices,
+        config.tree.choices,
         config.draft_model_config.model,
         config.heads.to_dict(),
     )

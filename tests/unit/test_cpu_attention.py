@@ -151,9 +151,9 @@ class Step:
         ends = self.start[1:].tolist()
         token = torch.cat([torch.arange(end - n - 1, end) for end, n in zip(ends, num_drafts, strict=True)])
         plan = plan_step(
-            TreeTable(drafted or [DraftTree.chain(0)]),
-            kind=[next(kinds) if request.tree is not None else 0 for request in self.requests],
-            num_drafts=num_drafts,
+            TreeTable(drafted or [DraftTree.chain(0)]).layout(
+                [next(kinds) if request.tree is not None else 0 for request in self.requests], num_drafts
+            ),
             token=token,
             token_ids=torch.zeros(int(self.start[-1]), dtype=torch.int32),
             seq_lens=self.seq_lens,

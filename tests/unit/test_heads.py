@@ -130,6 +130,9 @@ def test_heads_compute_what_plain_pytorch_computes(load: Load, layers: int, bias
     expected = plain_logits(state, hidden, layers)
     torch.testing.assert_close(model.compute_logits(model(hidden)), expected)
     assert torch.equal(model.top_tokens(hidden, 4), expected.topk(4).indices.transpose(0, 1))
+    log_probs, tokens = model.top_predictions(hidden, 4)
+    torch.testing.assert_close(log_probs, expected.log_softmax(dim=-1).topk(4).values.transpose(0, 1))
+    assert torch.equal(tokens, model.top_tokens(hidden, 4))
 
 
 def test_all_of_the_vocabulary_and_no_padding_can_be_drafted(load: Load) -> None:

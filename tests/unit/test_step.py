@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.unit.strategies import VOCABULARY, batch_of, deterministic, token_trees, trees
 from vllm_medusa.acceptance.exact import walk
 from vllm_medusa.runner.step import StepPlan, kv_moves, plan_step
-from vllm_medusa.tree.layout import TreeTable
+from vllm_medusa.tree.layout import TreeStack, TreeTable
 from vllm_medusa.tree.topology import DraftTree
 
 
@@ -48,9 +48,9 @@ class Case:
 
     def plan(self) -> StepPlan:
         return plan_step(
-            TreeTable(self.table),
-            kind=[request.kind for request in self.requests],
-            num_drafts=[request.rows - 1 for request in self.requests],
+            TreeTable(self.table).layout(
+                [request.kind for request in self.requests], [request.rows - 1 for request in self.requests]
+            ),
             token=torch.tensor([token for index in range(len(self.requests)) for token in self.tokens_of(index)]),
             token_ids=self.token_ids,
             seq_lens=torch.tensor([request.context + request.rows for request in self.requests], dtype=torch.int32),
@@ -141,8 +141,8 @@ def test_padding_repeats_the_last_row_and_no_row_sees_padding(case: Case) -> Non
 
 @deterministic
 @given(st.lists(trees(), min_size=1, max_size=4))
-def test_the_table_knows_how_far_each_tree_is_a_chain(table: list[DraftTree]) -> None:
-    for tree, chain_rows in zip(table, TreeTable(table).chain_rows.tolist(), strict=True):
+def test_a_stack_knows_how_far_each_tree_is_a_chain(table: list[DraftTree]) -> None:
+    for tree, chain_rows in zip(table, TreeStack.of(table).chain_rows.tolist(), strict=True):
         assert chain_rows == max(rows for rows in range(1, len(tree) + 1) if not branches(tree.prefix(rows)))
 
 

@@ -105,7 +105,24 @@ class MedusaHeads(nn.Module):
         top_k: int,
     ) -> torch.Tensor:
         """Return ``[requests, heads, top_k]``, int64: each head's most probable tokens, best first."""
-        tokens = self.compute_logits(self(hidden)).topk(top_k, dim=-1).indices.transpose(0, 1)
+        return self._tokens(self.compute_logits(self(hidden)).topk(top_k, dim=-1).indices)
+
+    def top_predictions(
+        self,
+        hidden: torch.Tensor,  # [requests, hidden_size]
+        top_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens as ``top_tokens`` does, and before them their log-probabilities, float32."""
+        logits = self.compute_logits(self(hidden)).float()
+        best = logits.topk(top_k, dim=-1)
+        log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
+        return log_probs.transpose(0, 1), self._tokens(best.indices)
+
+    def _tokens(
+        self,
+        indices: torch.Tensor,  # [heads, requests, top_k], int64
+    ) -> torch.Tensor:  # [requests, heads, top_k], int64
+        tokens = indices.transpose(0, 1)
         return tokens if self.token_map is None else self.token_map[tokens]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_medusa.attention.metadata import TreeRows
 from vllm_medusa.tree.batch import TreeBatch
-from vllm_medusa.tree.layout import TreeTable
+from vllm_medusa.tree.layout import TreeLayout, TreeTable
 from vllm_medusa.tree.topology import DraftTree
 
 CHAIN, TREE = 0, 1
@@ -48,25 +47,20 @@ class StepPlan:
 
 
 def plan_step(
-    table: TreeTable,
-    kind: Sequence[int],
-    num_drafts: Sequence[int],
+    layout: TreeLayout,
     token: torch.Tensor,  # [rows], int64
     token_ids: torch.Tensor,  # [tokens], int
     seq_lens: torch.Tensor,  # [requests], int
 ) -> StepPlan:
-    """Lay out a step's trees.
+    """Put a step's tokens into its trees.
 
     Args:
-        table: the trees that drafts may have.
-        kind: which tree of the table each request's draft follows.
-        num_drafts: how many of its rows, the root not counted, were scheduled; any prefix of a tree is one.
+        layout: the trees.
         token: each row's index among the step's tokens; a request's rows follow one another, root first.
         token_ids: the step's input tokens.
         seq_lens: each request's tokens after this step, all of its rows counted.
 
     """
-    layout = table.layout(kind, num_drafts)
     trees = TreeBatch(
         request=layout.request,
         parent=layout.parent,

@@ -20,8 +20,9 @@ from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.config import check_engine
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.commit import BackendCommit
+from vllm_medusa.runner.drafts import drafts_of
 from vllm_medusa.runner.sampling import TreeSampler
-from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step, table_of
+from vllm_medusa.runner.step import StepPlan, plan_step
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -32,9 +33,7 @@ class MedusaModelRunner(CPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, device)
-        tree = self.drafter.tree
-        self._table = table_of(tree.topology)
-        self._top_path = tree.top_path
+        self._drafts = drafts_of(self.drafter)
         self._plan: StepPlan | None = None
         self._walk: Walk | None = None
 
@@ -46,9 +45,14 @@ class MedusaModelRunner(CPUModelRunner):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        if not self.drafter.tree.topology.is_chain:
+        if self.drafter.tree.branches:
             check_backends(self._attn_group_iterator())
         self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        """Forget the trees of requests that have ended."""
+        self._drafts.forget(scheduler_output.finished_req_ids)
+        return super()._update_states(scheduler_output)
 
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
@@ -60,9 +64,7 @@ class MedusaModelRunner(CPUModelRunner):
         token_ids = self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens]
         req_ids = self.input_batch.req_ids
         plan = plan_step(
-            self._table,
-            kind=[CHAIN if self._follows_grammar(req_id) else TREE for req_id in req_ids],
-            num_drafts=metadata.num_draft_tokens,
+            self._drafts.layout(req_ids, self._chained, metadata.num_draft_tokens),
             token=logits_indices.long(),
             token_ids=token_ids,
             seq_lens=self.seq_lens[: len(req_ids)],
@@ -119,13 +121,11 @@ class MedusaModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """Draft from the hidden state of the row where each request stopped."""
         assert self._walk is not None
-        drafts = self.drafter.propose(sample_hidden_states[self._walk.last_row]).tolist()
-        for index, req_id in enumerate(self.input_batch.req_ids):
-            if self._follows_grammar(req_id):
-                drafts[index] = [drafts[index][row] for row in self._top_path]
-        return drafts
+        hidden = sample_hidden_states[self._walk.last_row]
+        return self._drafts.propose(self.input_batch.req_ids, self._chained, hidden)
 
-    def _follows_grammar(self, req_id: str) -> bool:
-        """Whether the scheduler advances a grammar along the draft as along a chain; only the top-1 path will do."""
-        params = self.requests[req_id].sampling_params
-        return params is not None and params.structured_outputs is not None
+    @property
+    def _chained(self) -> list[bool]:
+        """For each request whether the scheduler advances a grammar along the draft, which must be a chain then."""
+        params = (self.requests[req_id].sampling_params for req_id in self.input_batch.req_ids)
+        return [each is not None and each.structured_outputs is not None for each in params]

@@ -27,6 +27,8 @@ from vllm_medusa.runner.commit import KVCommit
 from vllm_medusa.runner.commit_kernel import KernelCommit
 from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step, table_of
 from vllm_medusa.runner.v2_sampling import TreeVerifier
+from vllm_medusa.tree.dynamic import DynamicTree
+from vllm_medusa.tree.static import StaticTree
 
 
 class MedusaSpeculator(BaseSpeculator):
@@ -55,7 +57,9 @@ class MedusaSpeculator(BaseSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the heads."""
         self.proposer.load_model(target_model)
-        drafts, top_path = len(self.proposer.tree) - 1, self.proposer.tree.top_path
+        tree = self.proposer.tree
+        assert isinstance(tree, StaticTree)
+        drafts, top_path = len(tree) - 1, tree.top_path
         device = next(self.proposer.model.parameters()).device
         order = torch.tensor(top_path + [0] * (drafts - len(top_path)))
         self._chain_order = order.to(device)
@@ -95,14 +99,19 @@ class MedusaModelRunner(GPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, device)
-        self._table = table_of(self.speculator.proposer.tree.topology, device)
+        tree = self.speculator.proposer.tree
+        if isinstance(tree, DynamicTree):
+            raise ValueError(
+                'medusa_tree: "dynamic" needs vLLM\'s model runner V1, which serves CPUs, and this engine runs V2; '
+                'give "sparse", or set VLLM_USE_V2_MODEL_RUNNER=0 on a CPU'
+            )
+        self._table = table_of(tree.topology, device)
         self._kind = np.full(self.max_num_reqs, TREE)
         self._plan: StepPlan | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load target and heads, the target's attention layers with the tree backend."""
-        branches = not self.speculator.proposer.tree.topology.is_chain
-        with self.tree_attention_selected() if branches else nullcontext():
+        with self.tree_attention_selected() if self.speculator.proposer.tree.branches else nullcontext():
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         assert self.sampler is not None
@@ -111,7 +120,7 @@ class MedusaModelRunner(GPUModelRunner):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        if not self.speculator.proposer.tree.topology.is_chain:
+        if self.speculator.proposer.tree.branches:
             check_backends(group for groups in self.attn_groups for group in groups)
         self._commit = self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
 
@@ -128,9 +137,10 @@ class MedusaModelRunner(GPUModelRunner):
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         drafts = input_batch.num_draft_tokens_per_req
         plan = plan_step(
-            self._table,
-            kind=self._kind[input_batch.idx_mapping_np].tolist(),
-            num_drafts=drafts.tolist() if drafts is not None else [0] * input_batch.num_reqs,
+            self._table.layout(
+                self._kind[input_batch.idx_mapping_np].tolist(),
+                drafts.tolist() if drafts is not None else [0] * input_batch.num_reqs,
+            ),
             token=input_batch.logits_indices,
             token_ids=input_batch.input_ids,
             seq_lens=input_batch.seq_lens[: input_batch.num_reqs],

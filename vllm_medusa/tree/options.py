@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import (
     StaticTree,
     available_nodes,
@@ -28,6 +29,11 @@ PUBLISHED_ACCURACIES = (
 """Accuracy of each rank, heads 1 to 3 of Vicuna-7B v1.3 (Medusa-1): what a sparse tree grows from when the checkpoint
 holds no accuracies of its own."""
 
+DYNAMIC_TOP_K = 10
+"""Tokens of each head that a dynamic tree may use where the options name no number."""
+
+Tree = StaticTree | DynamicTree
+
 
 @dataclass(frozen=True)
 class TreeOptions:
@@ -39,7 +45,9 @@ class TreeOptions:
         accuracies: ``[heads][ranks]``, from which sparse trees grow; None takes published ones.
         nodes: most nodes, the root not counted; None leaves it to the tree.
         default_nodes: nodes of a sparse tree where ``nodes`` is None.
-        top_k: most tokens of each head that a sparse tree may use; None is no limit.
+        top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
+        min_probability: the least probability of a path of a dynamic tree; None takes ``default_min_probability``.
+        default_min_probability: that of a dynamic tree where ``min_probability`` is None.
 
     """
 
@@ -49,27 +57,36 @@ class TreeOptions:
     nodes: int | None
     default_nodes: int
     top_k: int | None
+    min_probability: float | None
+    default_min_probability: float
 
-    def build(self, wanted: Any) -> StaticTree:
+    def build(self, wanted: Any) -> Tree:
         """Build the tree that ``medusa_tree`` asks for, cut to ``nodes``.
 
         Args:
-            wanted: "sparse" or None, "chain", a Cartesian product, explicit choices, or a JSON file's path.
+            wanted: "sparse" or None, "dynamic", "chain", a Cartesian product, explicit choices, or a JSON file's path.
 
         Raises:
             ValueError: ``wanted`` is none of these, or asks for more than the heads have.
 
         """
+        if wanted == "dynamic":
+            return self._dynamic()
+        if isinstance(wanted, str) and wanted not in ("sparse", "chain"):
+            return self.build(_read_tree(wanted))
+        if self.min_probability is not None:
+            raise ValueError(
+                f'medusa_min_probability: {self.min_probability} is for medusa_tree "dynamic", but medusa_tree is '
+                f'{wanted or "sparse"!r}; leave it out, or give "dynamic"'
+            )
         if wanted is None or wanted == "sparse":
             tree = self._sparse()
         elif wanted == "chain":
             tree = chain(self.num_heads)
-        elif isinstance(wanted, str):
-            return self.build(_read_tree(wanted))
         elif not isinstance(wanted, list):
             raise ValueError(
-                f'medusa_tree: {wanted!r} is none of "sparse", "chain", a Cartesian product such as [4, 2, 2], '
-                "explicit choices such as [[0], [0, 0], [1]], or a JSON file"
+                f'medusa_tree: {wanted!r} is none of "sparse", "dynamic", "chain", a Cartesian product such as '
+                "[4, 2, 2], explicit choices such as [[0], [0, 0], [1]], or a JSON file"
             )
         elif wanted and not isinstance(wanted[0], list):
             tree = cartesian(wanted)
@@ -82,6 +99,11 @@ class TreeOptions:
                 "give smaller ranks"
             )
         return tree if self.nodes is None else tree.prefix(self.nodes + 1)
+
+    def _dynamic(self) -> DynamicTree:
+        top_k = min(self.top_k or DYNAMIC_TOP_K, self.num_tokens)
+        floor = self.default_min_probability if self.min_probability is None else self.min_probability
+        return DynamicTree(self.num_heads, self.nodes or self.default_nodes, top_k, floor)
 
     def _sparse(self) -> StaticTree:
         stored = self.accuracies or PUBLISHED_ACCURACIES
@@ -105,9 +127,9 @@ def _read_tree(path: str) -> Any:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'medusa_tree: {path!r} is none of "sparse", "chain", a list, or a readable JSON file ({error})'
+            f'medusa_tree: {path!r} is none of "sparse", "dynamic", "chain", a list, or a readable JSON file ({error})'
         ) from error
     tree = stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored
-    if not isinstance(tree, list) and tree not in ("sparse", "chain"):
-        raise ValueError(f'medusa_tree: {path!r} holds {tree!r}; it must hold "sparse", "chain" or a list')
+    if not isinstance(tree, list) and tree not in ("sparse", "dynamic", "chain"):
+        raise ValueError(f'medusa_tree: {path!r} holds {tree!r}; it must hold "sparse", "dynamic", "chain" or a list')
     return tree

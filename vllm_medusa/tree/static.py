@@ -53,6 +53,11 @@ class StaticTree:
         return self if rows >= len(self) else StaticTree(self.topology.prefix(rows), self.ranks[:rows])
 
     @property
+    def branches(self) -> bool:
+        """Whether it is another tree than a chain."""
+        return not self.topology.is_chain
+
+    @property
     def depth(self) -> int:
         """The longest path's number of ranks: how many heads the tree needs."""
         return self.topology.depth
@@ -80,7 +85,7 @@ def chain(depth: int) -> StaticTree:
     """Return the chain of each head's most probable token, ``depth`` tokens long."""
     if depth < 1:
         raise ValueError(f"medusa_tree: a chain of depth {depth} drafts nothing; give a depth of at least 1")
-    return _from_paths((0,) * length for length in range(1, depth + 1))
+    return from_paths((0,) * length for length in range(1, depth + 1))
 
 
 def cartesian(widths: Sequence[int]) -> StaticTree:
@@ -98,9 +103,9 @@ def cartesian(widths: Sequence[int]) -> StaticTree:
             f"medusa_tree: {list(widths)} is not a Cartesian product; "
             "give one integer of at least 1 per depth, such as [4, 2, 2]"
         )
-    _check_size(sum(accumulate(widths, mul)))
+    check_size(sum(accumulate(widths, mul)))
     paths = (path for depth in range(len(widths)) for path in product(*map(range, widths[: depth + 1])))
-    return _from_paths(sorted(paths, key=lambda path: (sum(path) + len(path), len(path), path)))
+    return from_paths(sorted(paths, key=lambda path: (sum(path) + len(path), len(path), path)))
 
 
 def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
@@ -117,7 +122,7 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
     """
     if not choices:
         raise ValueError("medusa_tree: the list of paths is empty; give at least one path, such as [[0]]")
-    _check_size(len(choices))
+    check_size(len(choices))
     paths: dict[Path, None] = {}
     for choice in choices:
         if not isinstance(choice, list | tuple) or not choice or not all(map(_is_rank, choice)):
@@ -136,7 +141,7 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
             )
     row = {path: index for index, path in enumerate(paths)}
     parent_first = all(row.get(path[:-1], ROOT) < row[path] for path in paths)
-    return _from_paths(paths if parent_first else sorted(paths, key=len))
+    return from_paths(paths if parent_first else sorted(paths, key=len))
 
 
 def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
@@ -167,7 +172,7 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
             f"medusa_tree: {heads} heads of {ranks} calibrated ranks give trees of 1 to {available} nodes, "
             f"not {nodes}; set num_speculative_tokens within that or calibrate more ranks"
         )
-    _check_size(nodes)
+    check_size(nodes)
     rows: list[list[float]] = accuracies.tolist()
     paths: list[Path] = []
     frontier: list[tuple[float, int, Path]] = [(-1.0, 0, ())]
@@ -177,7 +182,7 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
         if depth < heads:
             for rank, accuracy in enumerate(rows[depth]):
                 heapq.heappush(frontier, (negated * accuracy, depth + 1, (*path, rank)))
-    return _from_paths(paths[1:])
+    return from_paths(paths[1:])
 
 
 def available_nodes(heads: int, ranks: int) -> int:
@@ -215,7 +220,8 @@ def validate_depth(tree: StaticTree, num_heads: int) -> None:
             )
 
 
-def _check_size(nodes: int) -> None:
+def check_size(nodes: int) -> None:
+    """Raise ``ValueError`` for more than ``MAX_NODES`` nodes."""
     if nodes > MAX_NODES:
         raise ValueError(f"medusa_tree: {nodes} nodes are asked for; give a tree of at most {MAX_NODES}")
 
@@ -224,8 +230,8 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _from_paths(paths: Iterable[Path]) -> StaticTree:
-    """Number the paths in their order, which is parent-first; the root comes before them all."""
+def from_paths(paths: Iterable[Path]) -> StaticTree:
+    """Return the tree of paths that are known to be in parent-first order; the root comes before them all."""
     row: dict[Path, int] = {(): 0}
     parents, ranks = [ROOT], [0]
     for path in paths:

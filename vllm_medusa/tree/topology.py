@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.nn.functional import pad
 
 WORD_BITS = 63
 """Rows per word of an ancestor bitmask: the sign bit of an int64 stays clear, so shifts need no care."""
@@ -77,12 +78,8 @@ class DraftTree:
 
     @cached_property
     def bitmasks(self) -> torch.Tensor:
-        """``[rows, words]``, int64: ``ancestors`` packed, bit ``j % 63`` of word ``j // 63`` for row j."""
-        rows = len(self)
-        words = -(-rows // WORD_BITS)
-        padded = torch.zeros(rows, words * WORD_BITS, dtype=torch.int64)
-        padded[:, :rows] = self.ancestors
-        return (padded.view(rows, words, WORD_BITS) << torch.arange(WORD_BITS)).sum(dim=-1)
+        """``[rows, words]``, int64: ``ancestors``, ``packed``."""
+        return packed(self.ancestors)
 
     @cached_property
     def is_chain(self) -> bool:
@@ -92,3 +89,17 @@ class DraftTree:
     def path(self, row: int) -> list[int]:
         """Return the rows from the root to ``row``, both included."""
         return self.ancestors[row].nonzero().flatten().tolist()
+
+
+def packed(
+    mask: torch.Tensor,  # [..., rows], bool
+) -> torch.Tensor:
+    """Pack masks over rows into words.
+
+    Returns:
+        ``[..., words]``, int64: bit ``j % 63`` of word ``j // 63`` is set where row j is.
+
+    """
+    padding = -mask.shape[-1] % WORD_BITS
+    bits = pad(mask.long(), (0, padding)).unflatten(-1, (-1, WORD_BITS))
+    return (bits << torch.arange(WORD_BITS, device=mask.device)).sum(dim=-1)

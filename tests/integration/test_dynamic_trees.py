@@ -1,0 +1,142 @@
+"""Trees that each request's heads choose anew every step give stock vLLM's text, in fewer steps than one fixed tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from tests.integration.engines import (
+    SpecCounters,
+    engine,
+    generate,
+    generate_staggered,
+    greedy,
+    is_mixed,
+    model_runner,
+    recorded_steps,
+    spec_counters,
+    texts,
+)
+
+PROMPTS, TOKENS, MOST = 40, 56, 12
+NODES = 15
+SEEDED = [
+    SamplingParams(
+        temperature=0.8,
+        top_p=0.9,
+        seed=index,
+        max_tokens=48,
+        ignore_eos=True,
+        detokenize=False,
+        presence_penalty=0.7 * (index % 2),
+    )
+    for index in range(16)
+]
+CODE = SamplingParams(
+    temperature=0, max_tokens=24, structured_outputs=StructuredOutputsParams(regex=r"([^;]{7};){9}"), detokenize=True
+)
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": False,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+
+
+class Plain:
+    """What stock vLLM says."""
+
+    def __init__(self, target: Path, prompts: list[list[int]]) -> None:
+        self.prompts = prompts[:PROMPTS]
+        with engine(target, max_num_seqs=64, **OPTIONS) as llm:
+            self.greedy = texts(generate(llm, self.prompts, greedy(TOKENS)))
+            self.seeded = texts(generate(llm, self.prompts[: len(SEEDED)], SEEDED))
+            self.code = texts(generate(llm, self.prompts[:4], CODE))
+
+
+class Run:
+    """What an engine with trees says in batches that mix, and how."""
+
+    def __init__(self, plain: Plain, target: Path, heads: Path, tree: str, **speculative: Any) -> None:
+        options: dict[str, Any] = {
+            "speculative_config": {"num_speculative_tokens": NODES, **speculative},
+            "max_num_batched_tokens": MOST * (NODES + 1) - NODES // 2,
+        }
+        with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm, recorded_steps(llm) as steps:
+            self.texts = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
+            self.counters: SpecCounters = spec_counters(llm)
+            self.steps: list[SchedulerOutput] = list(steps)
+            self.seeded = texts(generate(llm, plain.prompts[: len(SEEDED)], SEEDED))
+            both = [CODE, greedy(40)] * 4
+            self.code = texts(generate(llm, [plain.prompts[index // 2] for index in range(8)], both))
+            self.remembered = model_runner(llm)._drafts._candidate if tree == "dynamic" else {}
+
+    @property
+    def drafts(self) -> list[int]:
+        """How many tokens were drafted, request by request and step by step."""
+        return [len(draft) for step in self.steps for draft in step.scheduled_spec_decode_tokens.values()]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target: Path, held_out_prompts: list[list[int]]) -> Plain:
+    return Plain(tiny_target, held_out_prompts)
+
+
+@pytest.fixture(scope="module")
+def run(plain: Plain, tiny_target: Path, tiny_heads: Path) -> Run:
+    return Run(plain, tiny_target, tiny_heads, "dynamic", medusa_min_probability=0.0)
+
+
+@pytest.fixture(scope="module")
+def probable(plain: Plain, tiny_target: Path, tiny_heads: Path) -> Run:
+    return Run(plain, tiny_target, tiny_heads, "dynamic", medusa_min_probability=0.1)
+
+
+@pytest.fixture(params=["run", "probable"])
+def either(request: pytest.FixtureRequest) -> Run:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Run)
+    return found
+
+
+def test_greedy_tokens_equal_those_without_speculation(either: Run, plain: Plain) -> None:
+    assert either.texts == plain.greedy
+    assert either.counters.accepted > 0
+
+
+def test_seeded_requests_draw_what_they_draw_without_speculation(either: Run, plain: Plain) -> None:
+    assert either.seeded == plain.seeded
+
+
+def test_requests_with_a_grammar_follow_a_chain_beside_trees(either: Run, plain: Plain) -> None:
+    assert either.code[::2] == plain.code
+    assert either.code[1::2] == [text[:40] for text in plain.greedy[:4]]
+
+
+def test_the_batches_compared_mix_sizes_prompt_chunks_and_cut_drafts(run: Run) -> None:
+    assert {len(step.num_scheduled_tokens) for step in run.steps} >= {1, MOST // 2, MOST}
+    assert sum(map(is_mixed, run.steps)) >= 5
+    assert max(run.drafts) == NODES > min(run.drafts)
+
+
+def test_improbable_paths_are_not_drafted(probable: Run, run: Run) -> None:
+    assert len(set(probable.drafts)) > 4
+    assert sum(probable.drafts) / len(probable.drafts) < NODES / 2
+    per_node, per_node_of_all = (each.counters.accepted / each.counters.drafted for each in (probable, run))
+    assert per_node > 1.5 * per_node_of_all
+
+
+def test_a_dynamic_tree_accepts_more_than_a_sparse_one_of_as_many_nodes(
+    run: Run, plain: Plain, tiny_target: Path, tiny_heads: Path
+) -> None:
+    sparse = Run(plain, tiny_target, tiny_heads, "sparse")
+    assert sparse.texts == plain.greedy
+    print("\nacceptance length:", sparse.counters.acceptance_length, run.counters.acceptance_length)
+    assert run.counters.acceptance_length > sparse.counters.acceptance_length
+
+
+def test_the_trees_of_requests_that_have_ended_are_forgotten(either: Run) -> None:
+    assert len(either.remembered) <= 8

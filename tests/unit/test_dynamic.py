@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import heapq
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.strategies import deterministic
+from vllm_medusa.tree.dynamic import MAX_CANDIDATES, DynamicTree
+from vllm_medusa.tree.static import available_nodes, best_first
+from vllm_medusa.tree.topology import DraftTree
+
+
+@st.composite
+def growers(draw: st.DrawFn) -> DynamicTree:
+    heads, top_k = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    nodes = draw(st.integers(1, min(20, available_nodes(heads, top_k))))
+    return DynamicTree(heads, nodes, top_k, draw(st.sampled_from([0.0, 0.05, 0.3])))
+
+
+def log_probs_for(draw: st.DrawFn, tree: DynamicTree, requests: int) -> torch.Tensor:
+    """Draw sorted probabilities, equal ones and zeros among them."""
+    share = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5, 1.0])
+    size = requests * tree.num_heads * tree.top_k
+    values = torch.tensor(draw(st.lists(share, min_size=size, max_size=size)))
+    return values.view(requests, tree.num_heads, tree.top_k).sort(dim=-1, descending=True).values.log()
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[DynamicTree, torch.Tensor]:
+    tree = draw(growers())
+    return tree, log_probs_for(draw, tree, draw(st.integers(1, 4)))
+
+
+def paths_of(tree: DynamicTree, candidate: torch.Tensor) -> list[tuple[int, ...]]:
+    choices = [(), *map(tuple, tree.candidates.choices)]
+    return [choices[index] for index in candidate.tolist()]
+
+
+def probability(log_probs: torch.Tensor, path: tuple[int, ...]) -> float:
+    return math.exp(sum(log_probs[depth, rank].item() for depth, rank in enumerate(path)))
+
+
+def best_probabilities(log_probs: torch.Tensor, nodes: int) -> list[float]:
+    """Search all paths best-first, one by one."""
+    heads, ranks = log_probs.shape
+    frontier: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
+    found: list[float] = []
+    while len(found) <= nodes:
+        _, path = heapq.heappop(frontier)
+        found.append(probability(log_probs, path))
+        for rank in range(ranks if len(path) < heads else 0):
+            heapq.heappush(frontier, (-probability(log_probs, (*path, rank)), (*path, rank)))
+    return found
+
+
+@deterministic
+@given(cases())
+def test_the_most_probable_paths_are_grown_best_first(case: tuple[DynamicTree, torch.Tensor]) -> None:
+    tree, log_probs = case
+    for own, candidate in zip(log_probs, tree.grow(log_probs).candidate, strict=True):
+        found = [probability(own, path) for path in paths_of(tree, candidate)]
+        assert found == pytest.approx(best_probabilities(own, tree.nodes), rel=1e-5)
+
+
+@deterministic
+@given(cases())
+def test_every_path_comes_after_its_parent(case: tuple[DynamicTree, torch.Tensor]) -> None:
+    tree, log_probs = case
+    for candidate in [*tree.grow(log_probs).candidate, tree.chain, torch.arange(len(tree))]:
+        paths = paths_of(tree, candidate)
+        assert paths[0] == ()
+        assert len(set(paths)) == len(tree)
+        assert all(path[:-1] in paths[:row] for row, path in enumerate(paths) if path)
+
+
+@deterministic
+@given(cases())
+def test_rows_less_probable_than_asked_for_are_left_out(case: tuple[DynamicTree, torch.Tensor]) -> None:
+    tree, log_probs = case
+    grown = tree.grow(log_probs)
+    for own, candidate, length in zip(log_probs, grown.candidate, grown.length.tolist(), strict=True):
+        probabilities = [probability(own, path) for path in paths_of(tree, candidate)]
+        assert 1 <= length <= len(tree)
+        assert all(each >= tree.min_probability - 1e-6 for each in probabilities[:length])
+        assert all(each <= tree.min_probability + 1e-6 for each in probabilities[length:])
+
+
+@deterministic
+@given(cases())
+def test_the_stack_holds_each_requests_tree(case: tuple[DynamicTree, torch.Tensor]) -> None:
+    tree, log_probs = case
+    candidates = tree.grow(log_probs).candidate
+    stack = tree.stack(candidates)
+    for index, candidate in enumerate(candidates):
+        paths = paths_of(tree, candidate)
+        expected = DraftTree.from_parents([-1, *(paths.index(path[:-1]) for path in paths[1:])])
+        assert torch.equal(stack.parents[index], expected.parents)
+        assert torch.equal(stack.depths[index], expected.depths)
+        assert torch.equal(stack.ancestors[index], expected.ancestors)
+        assert torch.equal(stack.words[index], expected.bitmasks)
+
+
+@deterministic
+@given(cases())
+def test_each_row_carries_the_token_of_its_head_and_rank(case: tuple[DynamicTree, torch.Tensor]) -> None:
+    tree, log_probs = case
+    tokens = torch.randperm(log_probs.numel(), generator=torch.Generator().manual_seed(0)).view(log_probs.shape)
+    candidates = tree.grow(log_probs).candidate
+    for own, candidate, drafted in zip(tokens, candidates, tree.fill(candidates, tokens).tolist(), strict=True):
+        paths = paths_of(tree, candidate)[1:]
+        assert drafted == [own[len(path) - 1, path[-1]].item() for path in paths]
+
+
+def test_the_same_probabilities_give_the_tree_that_averages_give() -> None:
+    accuracies = torch.tensor([[0.61, 0.17, 0.08], [0.43, 0.21, 0.09], [0.31, 0.19, 0.11]])
+    grown = DynamicTree(3, 12, 3, 0.0)
+    found = paths_of(grown, grown.grow(accuracies.log()[None]).candidate[0])[1:]
+    assert list(map(list, found)) == best_first(accuracies, 12).choices
+
+
+def test_a_head_that_predicts_no_numbers_drafts_nothing() -> None:
+    tree = DynamicTree(2, 4, 2, 0.1)
+    grown = tree.grow(torch.full((1, 2, 2), math.nan))
+    assert grown.length.tolist() == [1]
+    assert paths_of(tree, grown.candidate[0])[0] == ()
+
+
+def test_the_chain_comes_first_where_it_is_asked_for() -> None:
+    tree = DynamicTree(3, 7, 4, 0.0)
+    assert paths_of(tree, tree.chain)[: tree.chain_length + 1] == [(), (0,), (0, 0), (0, 0, 0)]
+
+
+def test_more_nodes_than_there_are_paths_are_refused() -> None:
+    with pytest.raises(ValueError, match="at most 6 nodes, not 7; lower num_speculative_tokens"):
+        DynamicTree(2, 7, 2, 0.0)
+
+
+def test_more_candidates_than_can_be_weighed_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"more than {MAX_CANDIDATES} paths for 1000 nodes"):
+        DynamicTree(5, 1000, 10, 0.0)

@@ -1,0 +1,153 @@
+"""A tree for each request and step, grown best-first from the heads' own probabilities.
+
+A path's probability is the product of its tokens' probabilities, each from its own head; the tree of n nodes with the
+most tokens accepted per step is that of the n most probable paths, for a path is at most as probable as its parent (the
+argument of ``static.best_first``, with the probabilities of this very step in the place of averages). A path is also
+at most as probable as one that has a better rank somewhere and no worse one anywhere. So a path that is among the best
+n leaves room for all of those, which bounds its ranks: the candidates are few, known beforehand, and one sort of their
+probabilities grows the trees of all requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from vllm_medusa.tree.layout import TreeStack
+from vllm_medusa.tree.static import Path, check_size, from_paths
+from vllm_medusa.tree.topology import ROOT
+
+MAX_CANDIDATES = 1 << 14
+"""Most paths that are weighed for each request and step."""
+
+
+@dataclass(frozen=True, eq=False)
+class GrownTrees:
+    """Trees of several requests, as rows of the candidate tree.
+
+    Attributes:
+        candidate: ``[requests, rows]``, int64: which candidate each row is, the root first, then the most probable.
+        length: ``[requests]``, int64: the rows that are probable enough to be verified, the root counted.
+
+    """
+
+    candidate: torch.Tensor
+    length: torch.Tensor
+
+
+class DynamicTree:
+    """Grows trees of at most ``nodes`` nodes.
+
+    Args:
+        num_heads: heads that draft, the deepest node's depth.
+        nodes: most nodes of a tree, the root not counted.
+        top_k: most tokens of each head that a tree may use.
+        min_probability: the least probability of a path that is drafted, by the heads' own judgement.
+
+    Raises:
+        ValueError: ``nodes`` is too many, more than ``MAX_CANDIDATES`` paths would have to be weighed, or fewer than
+            ``nodes`` exist.
+
+    Attributes:
+        candidates: every path that a tree can hold, better ones first wherever that is known beforehand.
+        chain: ``[rows]``, int64: the rows of a tree that begins with the chain of the heads' top-1 tokens.
+
+    """
+
+    def __init__(self, num_heads: int, nodes: int, top_k: int, min_probability: float) -> None:
+        check_size(nodes)
+        self.num_heads, self.nodes, self.top_k = num_heads, nodes, min(top_k, nodes)
+        self.min_probability = min_probability
+        self.candidates = from_paths(self._candidate_paths())
+        paths = [(), *map(tuple, self.candidates.choices)]
+        if len(paths) <= nodes:
+            raise ValueError(
+                f"medusa_tree: {num_heads} heads of {top_k} tokens give trees of at most {len(paths) - 1} nodes, not "
+                f"{nodes}; lower num_speculative_tokens or raise medusa_top_k"
+            )
+        row = {path: index for index, path in enumerate(paths)}
+        self._depth, self._parent = self.candidates.topology.depths, self.candidates.topology.parents.clamp(min=0)
+        # Shorter paths are filled up with themselves, and with a rank that no path has.
+        self._line = torch.tensor([[row[path[:depth]] for depth in range(num_heads + 1)] for path in paths])
+        ranks = torch.tensor([[*path, *[self.top_k] * (num_heads - len(path))] for path in paths])
+        self._terms = ranks + torch.arange(num_heads) * (self.top_k + 1)
+        self._token = (self._depth - 1).clamp(min=0) * self.top_k + self.candidates.ranks
+        chain = [row[(0,) * depth] for depth in range(self.chain_length + 1)]
+        others = [index for index in range(len(paths)) if index not in set(chain)]
+        self.chain = torch.tensor([*chain, *others][: len(self)])
+
+    def __len__(self) -> int:
+        return self.nodes + 1
+
+    @property
+    def branches(self) -> bool:
+        """Whether a tree may be another than a chain."""
+        return not self.candidates.topology.is_chain
+
+    @property
+    def chain_length(self) -> int:
+        """Nodes of the chain that ``chain`` begins with."""
+        return min(self.num_heads, self.nodes)
+
+    def grow(
+        self,
+        log_probs: torch.Tensor,  # [requests, heads, top_k], float32
+    ) -> GrownTrees:
+        """Grow each request's tree from the log-probabilities of its heads' best tokens, best first."""
+        terms = pad(log_probs, (0, 1)).flatten(1)[:, self._terms]
+        # A head that is broken drafts nothing.
+        scores = terms.sum(dim=-1).nan_to_num_(nan=-math.inf, neginf=-math.inf)
+        # A stable sort keeps the order of the candidates among equals, in which parents come first.
+        best = scores.sort(dim=1, descending=True, stable=True)
+        floor = math.log(self.min_probability) if self.min_probability else -math.inf
+        return GrownTrees(best.indices[:, : len(self)], (best.values[:, : len(self)] >= floor).sum(dim=1))
+
+    def fill(
+        self,
+        candidate: torch.Tensor,  # [requests, rows], int64
+        tokens: torch.Tensor,  # [requests, heads, top_k], int64
+    ) -> torch.Tensor:
+        """Return the tokens of all rows but the roots, ``[requests, rows - 1]``, from the heads' best ones."""
+        return tokens.flatten(1).gather(1, self._token[candidate[:, 1:]])
+
+    def stack(
+        self,
+        candidate: torch.Tensor,  # [requests, rows], int64
+    ) -> TreeStack:
+        """Return the trees that rows of the candidate tree form; each row's parent must come before it."""
+        requests, rows = candidate.shape
+        position = torch.zeros(requests, len(self._parent), dtype=torch.int64)
+        position.scatter_(1, candidate, torch.arange(rows).expand(requests, -1))
+        parents = position.gather(1, self._parent[candidate])
+        parents[:, 0] = ROOT
+        lines = position.gather(1, self._line[candidate].flatten(1)).view(requests, rows, -1)
+        ancestors = torch.zeros(requests, rows, rows, dtype=torch.bool).scatter_(2, lines, True)
+        return TreeStack(parents, self._depth[candidate], ancestors)
+
+    def _candidate_paths(self) -> list[Path]:
+        """Return the paths that leave room for all that are at least as probable, those that need least room first."""
+        rooms: dict[Path, int] = {}
+        for path, room in self._paths_within((), 1, 0):
+            rooms[path] = room
+            if len(rooms) > MAX_CANDIDATES:
+                raise ValueError(
+                    f'medusa_tree: "dynamic" would weigh more than {MAX_CANDIDATES} paths for {self.nodes} nodes of '
+                    f"{self.num_heads} heads of {self.top_k} tokens; lower num_speculative_tokens or medusa_top_k"
+                )
+        return sorted(rooms, key=lambda path: (rooms[path], path))
+
+    def _paths_within(self, path: Path, breadth: int, room: int) -> Iterator[tuple[Path, int]]:
+        """Yield all paths below one, each with the number of paths that are at least as probable, itself counted.
+
+        For each length up to the path's own those are the paths of no worse ranks, ``breadth`` at the last one.
+        """
+        for rank in range(self.top_k if len(path) < self.num_heads else 0):
+            needed = room + breadth * (rank + 1)
+            if needed > self.nodes:
+                return
+            yield (*path, rank), needed
+            yield from self._paths_within((*path, rank), breadth * (rank + 1), needed)

@@ -124,34 +124,32 @@ def test_padded_heads_predict_the_same():
 
 def test_each_contender_gets_the_engine_it_stands_for(tmp_path):
     models = Models(tmp_path / "target", tmp_path / "heads")
-    comparison = Comparison(models, models, "float32", 4, {TREE: [[0], [1], [0, 0]]}, Order([[1]], 8), [])
+    comparison = Comparison(models, models, "float32", 4, {TREE: {"medusa_tree": [[0], [1]]}}, Order([[1]], 8), [])
     configs = {name: comparison.speculative_config(name, models.heads) for name in (PLAIN, NATIVE_CHAIN, TREE)}
     heads = str(tmp_path / "heads")
     assert configs == {
         PLAIN: None,
         NATIVE_CHAIN: {"method": "medusa", "model": heads, "num_speculative_tokens": 4},
-        TREE: {
-            "method": "medusa",
-            "model": heads,
-            "num_speculative_tokens": 3,
-            "medusa_tree": [[0], [1], [0, 0]],
-        },
+        TREE: {"method": "medusa", "model": heads, "medusa_tree": [[0], [1]]},
     }
 
 
 def test_results_say_what_was_measured(tmp_path):
     plain_text, other = [1, 2, 3, 4, 5], [1, 2, 3, 4, 9]
-    plain = Run(Decoded([plain_text] * 2, 8.0, 0, 0), [Decoded([plain_text], seconds, 0, 0) for seconds in (4, 2, 1)])
-    fast = Run(
-        Decoded([plain_text, other], 4.0, drafts=4, accepted=6),
-        [Decoded([text], seconds, 2, 3) for text, seconds in ((plain_text, 2), (other, 0.5), (plain_text, 1))],
+    plain = Run(
+        Decoded([plain_text] * 2, 8.0, 0, 0, 0), [Decoded([plain_text], seconds, 0, 0, 0) for seconds in (4, 2, 1)]
     )
-    summary = summarise({PLAIN: plain, TREE: fast}, {PLAIN: 0, TREE: 7})
+    fast = Run(
+        Decoded([plain_text, other], 4.0, drafts=4, drafted=14, accepted=6),
+        [Decoded([text], seconds, 2, 9, 3) for text, seconds in ((plain_text, 2), (other, 0.5), (plain_text, 1))],
+    )
+    summary = summarise({PLAIN: plain, TREE: fast})
     assert summary[PLAIN]["tokens_per_second"] == 2
     assert summary[PLAIN]["tokens_per_step"] == 1
     assert summary[PLAIN]["speedup"] == 1
     assert summary[TREE]["tokens_per_second"] == 4
     assert summary[TREE]["tokens_per_step"] == 2.5
+    assert (summary[PLAIN]["drafted_tokens"], summary[TREE]["drafted_tokens"]) == (0, 3.5)
     assert summary[TREE]["speedup"] == 2
     assert (summary[TREE]["identical_texts"], summary[TREE]["texts"]) == (1, 2)
     assert summary[TREE]["identical_share_timed"] == pytest.approx(2 / 3)

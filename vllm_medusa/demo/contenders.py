@@ -36,7 +36,7 @@ class Comparison:
         large: the models of the timed runs.
         dtype: of the timed runs.
         num_heads: heads of both.
-        trees: the drafts of ``tree`` and ``tree_wide``, as ``medusa_tree`` takes them.
+        trees: the options that choose the drafts of ``tree`` and ``tree_wide``.
         exact: what every contender decodes for the exact comparison.
         rounds: what every contender decodes for time, one prompt a round.
         threads: threads of each engine; only one engine works at a time.
@@ -47,7 +47,7 @@ class Comparison:
     large: Models
     dtype: str
     num_heads: int
-    trees: dict[str, list[list[int]]]
+    trees: dict[str, dict[str, Any]]
     exact: Order
     rounds: list[Order]
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -58,8 +58,7 @@ class Comparison:
             return None
         if name == NATIVE_CHAIN:
             return {"method": "medusa", "model": str(heads), "num_speculative_tokens": self.num_heads}
-        tree = self.trees[name]
-        return {"method": "medusa", "model": str(heads), "num_speculative_tokens": len(tree), "medusa_tree": tree}
+        return {"method": "medusa", "model": str(heads), **self.trees[name]}
 
     def start(self, name: str, directory: Path) -> Contender:
         """Start a contender's process, its log in ``directory``; stock contenders leave the plugin out."""

@@ -13,7 +13,11 @@ from torch import set_num_threads
 if TYPE_CHECKING:
     from vllm import LLM
 
-COUNTERS = {"drafts": "vllm:spec_decode_num_drafts", "accepted": "vllm:spec_decode_num_accepted_tokens"}
+COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+}
 WARM_UP_TOKENS = 24
 
 
@@ -67,13 +71,15 @@ class Decoded:
         texts: the emitted token ids of each prompt.
         seconds: from the first token to the last, summed over prompts.
         drafts: what these prompts added to vLLM's counter of drafts.
-        accepted: and to its counter of accepted tokens.
+        drafted: to its counter of drafted tokens.
+        accepted: and to its counter of accepted ones.
 
     """
 
     texts: list[list[int]]
     seconds: float
     drafts: int
+    drafted: int
     accepted: int
 
 

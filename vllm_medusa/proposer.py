@@ -10,7 +10,6 @@ from vllm.model_executor.model_loader import get_model
 from vllm_medusa.config import medusa_config
 from vllm_medusa.model.heads import MedusaHeads
 from vllm_medusa.tree.dynamic import DynamicTree, GrownTrees
-from vllm_medusa.tree.static import StaticTree
 
 
 class MedusaProposer:
@@ -31,8 +30,10 @@ class MedusaProposer:
         """Load the heads; ones without LM heads of their own share ``target_model``'s."""
         self.model = get_model(vllm_config=self.vllm_config, model_config=self.options.draft_model_config)
         self.model.share_lm_head(target_model)
-        if isinstance(self.tree, StaticTree):
-            device = next(self.model.parameters()).device
+        device = next(self.model.parameters()).device
+        if isinstance(self.tree, DynamicTree):
+            self.tree = self.tree.to(device)
+        else:
             self._head = (self.tree.topology.depths[1:] - 1).to(device)
             self._rank = self.tree.ranks[1:].to(device)
 
@@ -56,13 +57,13 @@ class MedusaProposer:
     def propose_trees(
         self,
         hidden: torch.Tensor,  # [requests, hidden_size]
-        chained: torch.Tensor,  # [requests], bool
+        chained: torch.Tensor | None,  # [requests], bool
     ) -> tuple[GrownTrees, torch.Tensor]:
         """Grow each request's tree and draft its tokens.
 
         Args:
             hidden: as for ``propose``.
-            chained: requests whose draft must be the chain of the heads' top-1 tokens.
+            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         Returns:
             The trees, and ``[requests, rows - 1]``, int64, in row order.
@@ -70,9 +71,10 @@ class MedusaProposer:
         """
         assert isinstance(self.tree, DynamicTree)
         log_probs, tokens = self.model.top_predictions(hidden, self.tree.top_k)
-        grown = self.tree.grow(log_probs)
-        trees = GrownTrees(
-            torch.where(chained[:, None], self.tree.chain, grown.candidate),
-            grown.length.masked_fill(chained, self.tree.chain_length + 1),
-        )
+        trees = self.tree.grow(log_probs)
+        if chained is not None:
+            trees = GrownTrees(
+                torch.where(chained[:, None], self.tree.chain, trees.candidate),
+                trees.length.masked_fill(chained, self.tree.chain_length + 1),
+            )
         return trees, self.tree.fill(trees.candidate, tokens)

@@ -10,7 +10,7 @@ import torch
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.step import CHAIN, TREE, table_of
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.layout import StepRows, TreeLayout
 from vllm_medusa.tree.static import StaticTree
 
 
@@ -87,14 +87,16 @@ class DynamicDrafts:
         hidden: torch.Tensor,  # [requests, hidden_size]
     ) -> list[list[int]]:
         """Draft each request's next tokens (see ``Drafts.propose``)."""
-        trees, tokens = self._proposer.propose_trees(hidden, torch.tensor(chained))
+        trees, tokens = self._proposer.propose_trees(hidden, torch.tensor(chained) if any(chained) else None)
         self._candidate.update(zip(requests, trees.candidate.unbind(), strict=True))
         return [draft[: rows - 1] for draft, rows in zip(tokens.tolist(), trees.length.tolist(), strict=True)]
 
     def layout(self, requests: Sequence[str], chained: Sequence[bool], num_drafts: Sequence[int]) -> TreeLayout:
         """Lay out a step's trees (see ``Drafts.layout``)."""
         candidate = torch.stack([self._candidate.get(request, self._any) for request in requests])
-        return self._tree.stack(candidate).layout(range(len(requests)), num_drafts)
+        stack = self._tree.stack(candidate)
+        rows = StepRows.of(range(len(requests)), num_drafts, stack.chain_rows.tolist())
+        return stack.layout(rows, min(self._tree.num_heads, max(num_drafts)))
 
     def forget(self, requests: Iterable[str]) -> None:
         """Drop the trees of requests that have ended."""

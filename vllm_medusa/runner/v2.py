@@ -25,10 +25,10 @@ from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.commit import KVCommit
 from vllm_medusa.runner.commit_kernel import KernelCommit
-from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step, table_of
+from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step
+from vllm_medusa.runner.v2_drafts import drafts_of
 from vllm_medusa.runner.v2_sampling import TreeVerifier
-from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.static import StaticTree
+from vllm_medusa.tree.layout import put
 
 
 class MedusaSpeculator(BaseSpeculator):
@@ -43,8 +43,9 @@ class MedusaSpeculator(BaseSpeculator):
     supports_mm_inputs = False
     draft_logits = None
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.proposer = MedusaProposer(vllm_config)
+        self.drafts = drafts_of(self.proposer, vllm_config.scheduler_config.max_num_seqs, device)
         self.last_token: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
 
@@ -57,13 +58,6 @@ class MedusaSpeculator(BaseSpeculator):
     def load_model(self, target_model: nn.Module) -> None:
         """Load the heads."""
         self.proposer.load_model(target_model)
-        tree = self.proposer.tree
-        assert isinstance(tree, StaticTree)
-        drafts, top_path = len(tree) - 1, tree.top_path
-        device = next(self.proposer.model.parameters()).device
-        order = torch.tensor(top_path + [0] * (drafts - len(top_path)))
-        self._chain_order = order.to(device)
-        self._beyond_chain = (torch.arange(drafts) >= len(top_path)).to(device)
 
     def propose(
         self,
@@ -77,12 +71,8 @@ class MedusaSpeculator(BaseSpeculator):
     ) -> torch.Tensor:
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
         if dummy_run:
-            return self.proposer.propose(last_hidden_states[: input_batch.num_reqs])
-        drafts = self.proposer.propose(last_hidden_states[self.last_token])
-        if self.chained is None:
-            return drafts
-        chain = drafts[:, self._chain_order].masked_fill(self._beyond_chain, -1)
-        return torch.where(self.chained[:, None], chain, drafts)
+            return self.drafts.propose(last_hidden_states[: input_batch.num_reqs], None, None)
+        return self.drafts.propose(last_hidden_states[self.last_token], self.chained, input_batch.idx_mapping)
 
 
 class MedusaModelRunner(GPUModelRunner):
@@ -98,14 +88,14 @@ class MedusaModelRunner(GPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_engine(vllm_config)
-        super().__init__(vllm_config, device)
-        tree = self.speculator.proposer.tree
-        if isinstance(tree, DynamicTree):
+        options = medusa_config(vllm_config)
+        assert options is not None
+        if options.medusa_min_probability:
             raise ValueError(
-                'medusa_tree: "dynamic" needs vLLM\'s model runner V1, which serves CPUs, and this engine runs V2; '
-                'give "sparse", or set VLLM_USE_V2_MODEL_RUNNER=0 on a CPU'
+                f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
+                "which verifies as many rows for every request; leave it out"
             )
-        self._table = table_of(tree.topology, device)
+        super().__init__(vllm_config, device)
         self._kind = np.full(self.max_num_reqs, TREE)
         self._plan: StepPlan | None = None
 
@@ -137,7 +127,8 @@ class MedusaModelRunner(GPUModelRunner):
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         drafts = input_batch.num_draft_tokens_per_req
         plan = plan_step(
-            self._table.layout(
+            self.speculator.drafts.layout(
+                input_batch.idx_mapping,
                 self._kind[input_batch.idx_mapping_np].tolist(),
                 drafts.tolist() if drafts is not None else [0] * input_batch.num_reqs,
             ),
@@ -171,17 +162,17 @@ class MedusaModelRunner(GPUModelRunner):
             self._commit(plan, verifier.accepted, list(self._slots))
             last_row = verifier.accepted.last_row
         self.speculator.last_token = plan.token[last_row]
-        any_chained = (self._kind[input_batch.idx_mapping_np] == CHAIN).any()
-        self.speculator.chained = plan.rows.layout.kind == CHAIN if any_chained else None
+        chained = self._kind[input_batch.idx_mapping_np] == CHAIN
+        self.speculator.chained = put(torch.from_numpy(chained), self.device) if chained.any() else None
         return sampled
 
 
 def _build_speculator(init: Any) -> Any:
     @wraps(init)
-    def init_speculator(vllm_config: VllmConfig, *args: Any) -> Any:
+    def init_speculator(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
         if medusa_config(vllm_config) is not None:
-            return MedusaSpeculator(vllm_config)
-        return init(vllm_config, *args)
+            return MedusaSpeculator(vllm_config, device)
+        return init(vllm_config, device, *args)
 
     return init_speculator
 

@@ -10,6 +10,7 @@ probabilities grows the trees of all requests.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,13 @@ class DynamicTree:
     def __len__(self) -> int:
         return self.nodes + 1
 
+    def to(self, device: torch.device) -> DynamicTree:
+        """Return a tree that grows on another device."""
+        moved = copy.copy(self)
+        for name in ("chain", "_depth", "_parent", "_line", "_terms", "_token"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
     @property
     def branches(self) -> bool:
         """Whether a tree may be another than a chain."""
@@ -120,12 +128,12 @@ class DynamicTree:
     ) -> TreeStack:
         """Return the trees that rows of the candidate tree form; each row's parent must come before it."""
         requests, rows = candidate.shape
-        position = torch.zeros(requests, len(self._parent), dtype=torch.int64)
-        position.scatter_(1, candidate, torch.arange(rows).expand(requests, -1))
+        position = candidate.new_zeros(requests, len(self._parent))
+        position.scatter_(1, candidate, torch.arange(rows, device=candidate.device).expand(requests, -1))
         parents = position.gather(1, self._parent[candidate])
         parents[:, 0] = ROOT
         lines = position.gather(1, self._line[candidate].flatten(1)).view(requests, rows, -1)
-        ancestors = torch.zeros(requests, rows, rows, dtype=torch.bool).scatter_(2, lines, True)
+        ancestors = candidate.new_zeros(requests, rows, rows, dtype=torch.bool).scatter_(2, lines, True)
         return TreeStack(parents, self._depth[candidate], ancestors)
 
     def _candidate_paths(self) -> list[Path]:

@@ -49,7 +49,7 @@ class TreeLayout:
         words: ``[rows, words]``, int64: the row's ancestors in its tree (see ``topology.packed``).
         root: ``[requests]``, int64: each request's root, an index among all rows.
         kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
-        max_depth: the deepest tree's depth, known on the host.
+        max_depth: at least the deepest tree's depth, known on the host.
         drafting_requests: requests up to the last one with a draft, known on the host.
         branching: the trees that branch; None if none does.
 
@@ -69,7 +69,7 @@ class TreeLayout:
 
 @dataclass(frozen=True, eq=False)
 class TreeStack:
-    """Trees side by side; those of fewer rows than the largest are padded at the end.
+    """Trees side by side; those of fewer rows than the largest are padded at the end. All tensors live on one device.
 
     Attributes:
         parents: ``[trees, rows]``, int64: the row of each row's parent in its tree; -1 for roots and padding.
@@ -84,7 +84,7 @@ class TreeStack:
 
     @classmethod
     def of(cls, trees: Sequence[DraftTree]) -> TreeStack:
-        """Stack trees."""
+        """Stack trees, on the CPU."""
         rows = max(map(len, trees))
         ancestors = torch.zeros(len(trees), rows, rows, dtype=torch.bool)
         for index, tree in enumerate(trees):
@@ -103,59 +103,129 @@ class TreeStack:
     @cached_property
     def chain_rows(self) -> torch.Tensor:
         """``[trees]``, int64: the largest prefix of each tree that is a chain."""
-        in_chain = self.parents == torch.arange(-1, self.parents.shape[1] - 1)
-        return in_chain.long().cumprod(dim=1).sum(dim=1)
+        rows = torch.arange(-1, self.parents.shape[1] - 1, device=self.parents.device)
+        return (self.parents == rows).long().cumprod(dim=1).sum(dim=1)
 
-    def layout(self, kinds: Sequence[int], num_drafts: Sequence[int], device: torch.device | str = "cpu") -> TreeLayout:
-        """Lay out a step's trees.
+    def to(self, device: torch.device) -> TreeStack:
+        """Return the stack on another device."""
+        return TreeStack(self.parents.to(device), self.depths.to(device), self.ancestors.to(device))
+
+    def layout(self, rows: StepRows, max_depth: int) -> TreeLayout:
+        """Lay out a step's trees, none of which is deeper than ``max_depth``."""
+        parent, depth = (each[rows.row_kind, rows.local] for each in (self.parents, self.depths))
+        return TreeLayout(
+            request=rows.request,
+            parent=torch.where(parent >= 0, parent + rows.root[rows.request], ROOT),
+            depth=depth,
+            shift=depth - rows.local,
+            words=self.words[rows.row_kind, rows.local],
+            root=rows.root,
+            kind=rows.kind,
+            max_depth=max_depth,
+            drafting_requests=rows.drafting_requests,
+            branching=self._branching(rows.branching) if rows.branching is not None else None,
+        )
+
+    def _branching(self, rows: BranchingRows) -> Branching:
+        is_row = torch.arange(rows.local.shape[1], device=rows.local.device) < rows.length[:, None]
+        ancestors = self.ancestors[rows.kind[:, None], rows.local][:, :, : rows.local.shape[1]]
+        return Branching(
+            request=rows.request,
+            length=rows.length,
+            row=rows.row,
+            depth=self.depths[rows.kind[:, None], rows.local],
+            ancestors=ancestors & is_row[:, None],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BranchingRows:
+    """The rows of the trees that branch, side by side; see ``Branching`` for padding and the other attributes.
+
+    Attributes:
+        kind: ``[trees]``, int64: which tree of the stack each one is.
+        local: ``[trees, rows]``, int64: each row's place in its tree.
+
+    """
+
+    request: torch.Tensor
+    length: torch.Tensor
+    row: torch.Tensor
+    kind: torch.Tensor
+    local: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """Which rows of which trees a step verifies, whatever the trees look like; on the device.
+
+    Attributes:
+        request: ``[rows]``, int64: the request that a row belongs to.
+        local: ``[rows]``, int64: each row's place in its tree.
+        row_kind: ``[rows]``, int64: which tree of the stack it belongs to.
+        kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
+        root: ``[requests]``, int64: each request's root, an index among all rows.
+        drafting_requests: requests up to the last one with a draft.
+        branching: the trees that branch; None if none does.
+
+    """
+
+    request: torch.Tensor
+    local: torch.Tensor
+    row_kind: torch.Tensor
+    kind: torch.Tensor
+    root: torch.Tensor
+    drafting_requests: int
+    branching: BranchingRows | None
+
+    @classmethod
+    def of(
+        cls,
+        kinds: Sequence[int],
+        num_drafts: Sequence[int],
+        chain_rows: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> StepRows:
+        """Number a step's rows, on the host, and send them to the device without waiting for it.
 
         Args:
-            kinds: for each request, which tree its draft follows.
+            kinds: for each request, which tree of a stack its draft follows.
             num_drafts: for each request, how many of its tree's rows, the root not counted, the step verifies.
-            device: where the layout goes.
+            chain_rows: for each tree of the stack, how many of its first rows are known to be a chain.
+            device: where the rows go.
 
         """
-        put = partial(_put, device=torch.device(device))
+        send = partial(put, device=torch.device(device))
         kind, lengths = torch.tensor(kinds), torch.tensor(num_drafts) + 1
         start = lengths.cumsum(0) - lengths
         request = torch.repeat_interleave(torch.arange(len(kind)), lengths)
-        local = torch.arange(len(request)) - start[request]
-        parent = self.parents[kind[request], local]
-        depth = self.depths[kind[request], local]
-        return TreeLayout(
-            request=put(request),
-            parent=put(torch.where(parent >= 0, parent + start[request], ROOT)),
-            depth=put(depth),
-            shift=put(depth - local),
-            words=put(self.words[kind[request], local]),
-            root=put(start),
-            kind=put(kind),
-            max_depth=int(depth.max()),
+        branching = (lengths > torch.tensor(chain_rows)[kind]).nonzero().flatten()
+        return cls(
+            request=send(request),
+            local=send(torch.arange(len(request)) - start[request]),
+            row_kind=send(kind[request]),
+            kind=send(kind),
+            root=send(start),
             drafting_requests=max((index + 1 for index, drafts in enumerate(num_drafts) if drafts), default=0),
-            branching=self._branching(kind, lengths, start, put),
+            branching=cls._branching(branching, kind, lengths, start, send) if len(branching) else None,
         )
 
+    @staticmethod
     def _branching(
-        self,
-        kind: torch.Tensor,
-        lengths: torch.Tensor,
-        start: torch.Tensor,
-        put: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Branching | None:
-        branching = (lengths > self.chain_rows[kind]).nonzero().flatten()
-        if not len(branching):
-            return None
-        lengths, kind, start = lengths[branching], kind[branching], start[branching]
-        rows = int(lengths.max())
-        last = lengths[:, None] - 1
-        local = torch.arange(rows).expand(len(branching), -1).minimum(last)
-        ancestors = self.ancestors[kind[:, None], local][:, :, :rows]
-        return Branching(
-            request=put(branching),
-            length=put(lengths),
-            row=put(start[:, None] + local),
-            depth=put(self.depths[kind[:, None], local]),
-            ancestors=put(ancestors & (torch.arange(rows) <= last)[:, None]),
+        request: torch.Tensor,  # [trees], int64
+        kind: torch.Tensor,  # [requests], int64
+        lengths: torch.Tensor,  # [requests], int64
+        start: torch.Tensor,  # [requests], int64
+        send: Callable[[torch.Tensor], torch.Tensor],
+    ) -> BranchingRows:
+        lengths = lengths[request]
+        local = torch.arange(int(lengths.max())).expand(len(request), -1).minimum(lengths[:, None] - 1)
+        return BranchingRows(
+            request=send(request),
+            length=send(lengths),
+            row=send(start[request][:, None] + local),
+            kind=send(kind[request]),
+            local=send(local),
         )
 
 
@@ -170,14 +240,29 @@ class TreeTable:
 
     def __init__(self, trees: Sequence[DraftTree], device: torch.device | str = "cpu") -> None:
         stack = TreeStack.of(trees)
-        self._kept = lru_cache(KEPT_LAYOUTS)(partial(stack.layout, device=device))
+        self._device = torch.device(device)
+        self._chain_rows = stack.chain_rows.tolist()
+        self._depth_of_prefix = stack.depths.cummax(dim=1).values.tolist()
+        self._stack = stack.to(self._device)
+        self._kept = lru_cache(KEPT_LAYOUTS)(self._layout)
 
     def layout(self, kinds: Sequence[int], num_drafts: Sequence[int]) -> TreeLayout:
-        """Lay out a step's trees (see ``TreeStack.layout``); one that was asked for lately costs nothing."""
+        """Lay out a step's trees; a layout that was asked for lately costs nothing.
+
+        Args:
+            kinds: for each request, which tree of the table its draft follows.
+            num_drafts: for each request, how many of its tree's rows, the root not counted, the step verifies.
+
+        """
         return self._kept(tuple(kinds), tuple(num_drafts))
 
+    def _layout(self, kinds: tuple[int, ...], num_drafts: tuple[int, ...]) -> TreeLayout:
+        rows = StepRows.of(kinds, num_drafts, self._chain_rows, self._device)
+        depths = (self._depth_of_prefix[kind][drafts] for kind, drafts in zip(kinds, num_drafts, strict=True))
+        return self._stack.layout(rows, max(depths))
 
-def _put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+
+def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Send a tensor to the device without waiting for it."""
     if device.type == "cpu":
         return tensor

@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGE = Path(__file__).parents[2] / "vllm_medusa"
-HOST_ONLY = {PACKAGE / "tree" / "layout.py", PACKAGE / "tree" / "topology.py", PACKAGE / "tree" / "static.py"}
-"""Modules that compute on the host, once for all steps that look alike."""
+HOST_ONLY = {PACKAGE / "tree" / "rows.py"}
+"""The module that computes on the host, once for all steps that look alike."""
 
 WAITS = {
     torch.ops.aten._local_scalar_dense.default,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from tests.integration.engines import engine, generate, greedy, model_runner, spec_counters
+from tests.integration.engines import Tree, engine, generate, greedy, model_runner, spec_counters
 from tests.integration.launches import PACKAGE, Watch
 from tests.under_test import UNDER_TEST
 
@@ -20,16 +20,18 @@ pytestmark = [
     pytest.mark.both_runners,
     pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
 ]
-LAUNCHES = {"plan": 3, "masks": 3, "verification": 5, "commit": 1, "proposal": 23}
+STATIC = {"plan": 3, "masks": 3, "verification": 5, "commit": 1, "proposal": 23}
+DYNAMIC = {"plan": 27, "masks": 3, "verification": 5, "commit": 1, "proposal": 32}
 """Of one step, with four heads, two layers and one KV cache group; docs/architecture.md states them."""
 
 
+@pytest.mark.parametrize(("tree", "launches"), [([3, 2, 1], STATIC), ("dynamic", DYNAMIC)], ids=["static", "dynamic"])
 def test_a_step_launches_few_kernels_and_waits_for_none(
-    tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
+    tree: Tree, launches: dict[str, int], tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
 ) -> None:
-    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
+    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=8, ignore_eos=True, detokenize=False)
     steps: list[Counter[str]] = []
-    with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm:
+    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm:
         runner, watch = model_runner(llm), Watch(whole=frozenset({"proposal"}))
         verifier = runner.rejection_sampler
         [builder] = [each for groups in runner.attn_groups for group in groups for each in group.metadata_builders]
@@ -47,13 +49,13 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
 
         runner.prepare_inputs = counted
         with watch, watch.kernels(), watch.reads():
-            generate(llm, held_out_prompts[:3], [greedy(12), seeded, greedy(12)])
+            generate(llm, held_out_prompts[:3], [greedy(8), seeded, greedy(8)])
         assert spec_counters(llm).accepted > 0
     assert not watch.waits
     each = [after - before for before, after in pairwise(steps)]
-    found = {stage: median(step[stage] for step in each) for stage in LAUNCHES}
+    found = {stage: median(step[stage] for step in each) for stage in launches}
     print("\nlaunches of a step:", found)
-    assert found == LAUNCHES
+    assert found == launches
 
 
 def test_the_watch_sees_waits_in_the_plugin_and_there_alone() -> None:

@@ -10,7 +10,8 @@ import torch
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.step import CHAIN, TREE, table_of
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.layout import StepRows, TreeLayout
+from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.rows import StepRows
 from vllm_medusa.tree.static import StaticTree
 
 

@@ -28,7 +28,7 @@ from vllm_medusa.runner.commit_kernel import KernelCommit
 from vllm_medusa.runner.step import CHAIN, TREE, StepPlan, plan_step
 from vllm_medusa.runner.v2_drafts import drafts_of
 from vllm_medusa.runner.v2_sampling import TreeVerifier
-from vllm_medusa.tree.layout import put
+from vllm_medusa.tree.rows import put
 
 
 class MedusaSpeculator(BaseSpeculator):

@@ -15,7 +15,8 @@ import torch
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.step import table_of
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.layout import KEPT_LAYOUTS, StepRows, TreeLayout
+from vllm_medusa.tree.layout import KEPT_LAYOUTS, TreeLayout
+from vllm_medusa.tree.rows import StepRows
 from vllm_medusa.tree.static import StaticTree
 
 

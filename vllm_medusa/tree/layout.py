@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vllm_medusa.tree.rows import BranchingRows, StepRows
 from vllm_medusa.tree.topology import ROOT, DraftTree, packed
 
 KEPT_LAYOUTS = 256
@@ -51,7 +52,8 @@ class TreeLayout:
         kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
         max_depth: at least the deepest tree's depth, known on the host.
         drafting_requests: requests up to the last one with a draft, known on the host.
-        branching: the trees that branch; None if none does.
+        branching_rows: the rows of the trees that may branch; None if none does.
+        stack: the trees that requests follow.
 
     """
 
@@ -64,7 +66,13 @@ class TreeLayout:
     kind: torch.Tensor
     max_depth: int
     drafting_requests: int
-    branching: Branching | None
+    branching_rows: BranchingRows | None
+    stack: TreeStack
+
+    @cached_property
+    def branching(self) -> Branching | None:
+        """The trees that branch; None if none does."""
+        return self.stack.branching(self.branching_rows) if self.branching_rows is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +131,12 @@ class TreeStack:
             kind=rows.kind,
             max_depth=max_depth,
             drafting_requests=rows.drafting_requests,
-            branching=self._branching(rows.branching) if rows.branching is not None else None,
+            branching_rows=rows.branching,
+            stack=self,
         )
 
-    def _branching(self, rows: BranchingRows) -> Branching:
+    def branching(self, rows: BranchingRows) -> Branching:
+        """Put trees that branch side by side."""
         is_row = torch.arange(rows.local.shape[1], device=rows.local.device) < rows.length[:, None]
         ancestors = self.ancestors[rows.kind[:, None], rows.local][:, :, : rows.local.shape[1]]
         return Branching(
@@ -135,97 +145,6 @@ class TreeStack:
             row=rows.row,
             depth=self.depths[rows.kind[:, None], rows.local],
             ancestors=ancestors & is_row[:, None],
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class BranchingRows:
-    """The rows of the trees that branch, side by side; see ``Branching`` for padding and the other attributes.
-
-    Attributes:
-        kind: ``[trees]``, int64: which tree of the stack each one is.
-        local: ``[trees, rows]``, int64: each row's place in its tree.
-
-    """
-
-    request: torch.Tensor
-    length: torch.Tensor
-    row: torch.Tensor
-    kind: torch.Tensor
-    local: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class StepRows:
-    """Which rows of which trees a step verifies, whatever the trees look like; on the device.
-
-    Attributes:
-        request: ``[rows]``, int64: the request that a row belongs to.
-        local: ``[rows]``, int64: each row's place in its tree.
-        row_kind: ``[rows]``, int64: which tree of the stack it belongs to.
-        kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
-        root: ``[requests]``, int64: each request's root, an index among all rows.
-        drafting_requests: requests up to the last one with a draft.
-        branching: the trees that branch; None if none does.
-
-    """
-
-    request: torch.Tensor
-    local: torch.Tensor
-    row_kind: torch.Tensor
-    kind: torch.Tensor
-    root: torch.Tensor
-    drafting_requests: int
-    branching: BranchingRows | None
-
-    @classmethod
-    def of(
-        cls,
-        kinds: Sequence[int],
-        num_drafts: Sequence[int],
-        chain_rows: Sequence[int],
-        device: torch.device | str = "cpu",
-    ) -> StepRows:
-        """Number a step's rows, on the host, and send them to the device without waiting for it.
-
-        Args:
-            kinds: for each request, which tree of a stack its draft follows.
-            num_drafts: for each request, how many of its tree's rows, the root not counted, the step verifies.
-            chain_rows: for each tree of the stack, how many of its first rows are known to be a chain.
-            device: where the rows go.
-
-        """
-        send = partial(put, device=torch.device(device))
-        kind, lengths = torch.tensor(kinds), torch.tensor(num_drafts) + 1
-        start = lengths.cumsum(0) - lengths
-        request = torch.repeat_interleave(torch.arange(len(kind)), lengths)
-        branching = (lengths > torch.tensor(chain_rows)[kind]).nonzero().flatten()
-        return cls(
-            request=send(request),
-            local=send(torch.arange(len(request)) - start[request]),
-            row_kind=send(kind[request]),
-            kind=send(kind),
-            root=send(start),
-            drafting_requests=max((index + 1 for index, drafts in enumerate(num_drafts) if drafts), default=0),
-            branching=cls._branching(branching, kind, lengths, start, send) if len(branching) else None,
-        )
-
-    @staticmethod
-    def _branching(
-        request: torch.Tensor,  # [trees], int64
-        kind: torch.Tensor,  # [requests], int64
-        lengths: torch.Tensor,  # [requests], int64
-        start: torch.Tensor,  # [requests], int64
-        send: Callable[[torch.Tensor], torch.Tensor],
-    ) -> BranchingRows:
-        lengths = lengths[request]
-        local = torch.arange(int(lengths.max())).expand(len(request), -1).minimum(lengths[:, None] - 1)
-        return BranchingRows(
-            request=send(request),
-            length=send(lengths),
-            row=send(start[request][:, None] + local),
-            kind=send(kind[request]),
-            local=send(local),
         )
 
 
@@ -260,10 +179,3 @@ class TreeTable:
         rows = StepRows.of(kinds, num_drafts, self._chain_rows, self._device)
         depths = (self._depth_of_prefix[kind][drafts] for kind, drafts in zip(kinds, num_drafts, strict=True))
         return self._stack.layout(rows, max(depths))
-
-
-def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Send a tensor to the device without waiting for it."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -29,7 +29,7 @@ DYNAMIC = {"plan": 27, "masks": 3, "verification": 5, "commit": 1, "proposal": 3
 def test_a_step_launches_few_kernels_and_waits_for_none(
     tree: Tree, launches: dict[str, int], tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
 ) -> None:
-    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=8, ignore_eos=True, detokenize=False)
+    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
     steps: list[Counter[str]] = []
     with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm:
         runner, watch = model_runner(llm), Watch(whole=frozenset({"proposal"}))
@@ -49,7 +49,7 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
 
         runner.prepare_inputs = counted
         with watch, watch.kernels(), watch.reads():
-            generate(llm, held_out_prompts[:3], [greedy(8), seeded, greedy(8)])
+            generate(llm, held_out_prompts[:3], [greedy(12), seeded, greedy(12)])
         assert spec_counters(llm).accepted > 0
     assert not watch.waits
     each = [after - before for before, after in pairwise(steps)]

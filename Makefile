@@ -8,7 +8,7 @@ OPENMP := $(CURDIR)/$(VENV)/lib/libiomp5.so
 # Intel's OpenMP must be in the process before torch brings GNU's: vLLM pins its CPU threads through it.
 WITH_OPENMP = [ ! -e '$(OPENMP)' ] || export LD_PRELOAD='$(OPENMP)'"$${LD_PRELOAD:+:$$LD_PRELOAD}";
 ARGS ?=
-# The tests' engines run on one thread each; files go to this many processes.
+# The tests' engines run on one thread each; groups of tests, which tests/conftest.py forms, go to this many processes.
 WORKERS ?= 2
 
 .PHONY: demo test lint format
@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 	@$(WITH_OPENMP) $(VENV)/bin/vllm-medusa demo $(ARGS)
 
 test: $(INSTALLED)
-	@$(WITH_OPENMP) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(WITH_OPENMP) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

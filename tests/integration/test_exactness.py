@@ -29,7 +29,7 @@ from tests.integration.engines import (
 from tests.under_test import UNDER_TEST, on
 from vllm_medusa.tree.static import best_first, cartesian, chain, from_choices
 
-PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(6, 20, 4), triton=(3, 9, 4))
+PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(6, 20, 4), triton=(3, 6, 2))
 TREES = on(v1=("chain", "cartesian", "explicit"), v2=("chain", "explicit"))
 
 
@@ -71,7 +71,9 @@ def run(
         # One row short of room for all: prompts come in pieces, and the last request's draft is cut.
         budget = MOST * len(rows) - len(rows) // 2
         with (
-            engine(tiny_target, heads=tiny_heads, tree=trees[name], max_num_batched_tokens=budget) as llm,
+            engine(
+                tiny_target, heads=tiny_heads, tree=trees[name], max_num_seqs=MOST, max_num_batched_tokens=budget
+            ) as llm,
             recorded_steps(llm) as steps,
         ):
             outputs = generate_staggered(llm, held_out_prompts[:PROMPTS], greedy(TOKENS), most=MOST)

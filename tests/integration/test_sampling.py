@@ -28,7 +28,7 @@ from tests.integration.engines import (
 from tests.under_test import UNDER_TEST, on
 from vllm_medusa.tree.static import best_first
 
-TOKENS, MOST, NODES, PROMPTS = on(v1=(48, 16, 31, 4), v2=(26, 11, 9, 1))
+TOKENS, MOST, NODES, PROMPTS = on(v1=(48, 16, 31, 4), v2=(16, 11, 9, 1))
 COMMON = list(range(3, on(v1=300, v2=130)))
 """Tokens that the target emits often: a byte-level vocabulary starts with single characters, then frequent pairs.
 
@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stop_token_ids": {**SAMPLED, "stop_token_ids": COMMON[::4]},
     "stop": {**SAMPLED, "stop": ["self", "\n\n", "in"]},
     "min_tokens": {**SAMPLED, "stop_token_ids": COMMON, "min_tokens": 20},
-    "greedy_min_tokens": {"temperature": 0.0, "stop_token_ids": COMMON, "min_tokens": 25},
+    "greedy_min_tokens": {"temperature": 0.0, "stop_token_ids": COMMON, "min_tokens": on(v1=25, v2=12)},
     "allowed_token_ids": {**SAMPLED, "allowed_token_ids": COMMON},
     "no_recent": {**SAMPLED, "extra_args": {"no_recent": 12}},
     "everything": {

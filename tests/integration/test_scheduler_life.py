@@ -34,9 +34,9 @@ from tests.integration.engines import (
 from tests.under_test import on
 
 ENDINGS = on(v1=["stop tokens", "stop strings", "end of sequence", "min tokens"], v2=["stop tokens"])
-PROMPTS, LENGTH = on(v1=(24, 96), v2=(8, 56))
-TREE = [3, 2, 1, 1]
-NODES = 3 + 6 + 6 + 6
+PROMPTS, LENGTH, REST, LATE, GRAMMAR = on(v1=(24, 96, 24, 48, 48), v2=(8, 40, 8, 24, 24))
+TREE = on(v1=[3, 2, 1, 1], v2=[2, 2, 1])
+NODES = on(v1=3 + 6 + 6 + 6, v2=2 + 4 + 4)
 BLOCK_SIZE = 32
 MAX_LENGTH = 192
 MOST = 6
@@ -97,8 +97,8 @@ def outcome(outputs: Sequence[RequestOutput]) -> list[tuple[Any, ...]]:
 
 
 def late_token(text: list[int]) -> int:
-    """Return the token of the first 48 that comes up latest."""
-    return max(text[:48], key=text.index)
+    """Return the token of the first ``LATE`` that comes up latest."""
+    return max(text[:LATE], key=text.index)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,8 @@ def target(tiny_target: Path, held_out_prompts: list[list[int]], tmp_path_factor
 def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
     """Run every scenario on stock vLLM."""
     prompts = held_out_prompts[:PROMPTS]
-    with engine(target, **OPTIONS) as llm:
+    # A wider batch takes fewer steps, each of which an interpreted engine pays for.
+    with engine(target, **OPTIONS | {"max_num_seqs": on(v1=MOST, v2=PROMPTS)}) as llm:
         long = texts(generate(llm, prompts, greedy(LENGTH)))
         tokenizer = llm.get_tokenizer()
         stop_tokens = [late_token(text) for text in long]
@@ -136,7 +137,8 @@ def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
             StructuredOutputsParams(regex=SEGMENTS),  # Drafts are seldom valid under the others.
         ]
         structured = [
-            SamplingParams(temperature=0, max_tokens=48, structured_outputs=grammars[index % 4]) for index in range(12)
+            SamplingParams(temperature=0, max_tokens=GRAMMAR, structured_outputs=grammars[index % 4])
+            for index in range(12)
         ]
         requests: dict[str, tuple[Sequence[Prompt], SamplingParams | Sequence[SamplingParams]]] = {
             "stop tokens": (
@@ -174,7 +176,7 @@ def plain(target: Path, held_out_prompts: list[list[int]]) -> Plain:
             "to the model's length": (prompts[:8], greedy(MAX_LENGTH)),
             "with a grammar": (
                 prompts,
-                list(chain.from_iterable((grammar, greedy(40)) for grammar in structured[: PROMPTS // 2])),
+                list(chain.from_iterable((grammar, greedy(GRAMMAR - 8)) for grammar in structured[: PROMPTS // 2])),
             ),
         }
         names = on(v1=set(requests), v2={*ENDINGS, "with a grammar"})
@@ -373,14 +375,14 @@ class TestRoomForAll:
     def test_blocks_that_accepted_rows_have_written_serve_later_prompts(self, llm: LLM, plain: Plain) -> None:
         assert llm.reset_prefix_cache()
         before = spec_counters(llm)
-        generate(llm, plain.prompts, greedy(LENGTH - 24))
+        generate(llm, plain.prompts, greedy(LENGTH - REST))
         assert (spec_counters(llm) - before).accepted > 0
-        prompts = [prompt + text[: LENGTH - 25] for prompt, text in zip(plain.prompts, plain.long, strict=True)]
-        outputs = generate(llm, prompts, greedy(24))
+        prompts = [prompt + text[: LENGTH - REST - 1] for prompt, text in zip(plain.prompts, plain.long, strict=True)]
+        outputs = generate(llm, prompts, greedy(REST))
         for output, first in zip(outputs, plain.prompts, strict=True):
             assert output.num_cached_tokens is not None
-            assert output.num_cached_tokens >= len(first) + LENGTH - 25 - BLOCK_SIZE
-        assert texts(outputs) == [text[LENGTH - 25 : LENGTH - 1] for text in plain.long]
+            assert output.num_cached_tokens >= len(first) + LENGTH - REST - 1 - BLOCK_SIZE
+        assert texts(outputs) == [text[LENGTH - REST - 1 : LENGTH - 1] for text in plain.long]
 
     def test_aborted_requests_leave_the_others_text_as_it_is(self, llm: LLM, plain: Plain) -> None:
         for index, prompt in enumerate(plain.prompts):

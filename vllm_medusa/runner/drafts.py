@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from vllm_medusa.proposer import MedusaProposer
 from vllm_medusa.runner.step import CHAIN, TREE, table_of
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.layout import TreeLayout
+from vllm_medusa.tree.layout import KEPT_LAYOUTS, TreeLayout
 from vllm_medusa.tree.rows import StepRows
 from vllm_medusa.tree.static import StaticTree
 
@@ -80,6 +81,7 @@ class DynamicDrafts:
         self._candidate: dict[str, torch.Tensor] = {}
         # The scheduler makes up drafts for some new requests; any tree will do for those.
         self._any = torch.arange(len(tree))
+        self._rows = lru_cache(KEPT_LAYOUTS)(self._number)
 
     def propose(
         self,
@@ -96,10 +98,14 @@ class DynamicDrafts:
         """Lay out a step's trees (see ``Drafts.layout``)."""
         candidate = torch.stack([self._candidate.get(request, self._any) for request in requests])
         stack = self._tree.stack(candidate)
-        rows = StepRows.of(range(len(requests)), num_drafts, stack.chain_rows.tolist())
+        rows = self._rows(tuple(num_drafts), tuple(stack.chain_rows.tolist()))
         return stack.layout(rows, min(self._tree.num_heads, max(num_drafts)))
 
     def forget(self, requests: Iterable[str]) -> None:
         """Drop the trees of requests that have ended."""
         for request in requests:
             self._candidate.pop(request, None)
+
+    @staticmethod
+    def _number(num_drafts: tuple[int, ...], chain_rows: tuple[int, ...]) -> StepRows:
+        return StepRows.of(range(len(num_drafts)), num_drafts, chain_rows)

@@ -47,13 +47,12 @@ class TreeLayout:
         parent: ``[rows]``, int64: the parent's index among all rows; -1 for roots.
         depth: ``[rows]``, int64.
         shift: ``[rows]``, int64: the row's depth less its place in the tree, which is its depth in a chain.
-        words: ``[rows, words]``, int64: the row's ancestors in its tree (see ``topology.packed``).
         root: ``[requests]``, int64: each request's root, an index among all rows.
         kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
         max_depth: at least the deepest tree's depth, known on the host.
         drafting_requests: requests up to the last one with a draft, known on the host.
-        branching_rows: the rows of the trees that may branch; None if none does.
-        stack: the trees that requests follow.
+        rows: which rows of which trees these are.
+        stack: the trees.
 
     """
 
@@ -61,18 +60,22 @@ class TreeLayout:
     parent: torch.Tensor
     depth: torch.Tensor
     shift: torch.Tensor
-    words: torch.Tensor
     root: torch.Tensor
     kind: torch.Tensor
     max_depth: int
     drafting_requests: int
-    branching_rows: BranchingRows | None
+    rows: StepRows
     stack: TreeStack
+
+    @cached_property
+    def words(self) -> torch.Tensor:
+        """``[rows, words]``, int64: each row's ancestors in its tree (see ``topology.packed``)."""
+        return self.stack.words[self.rows.row_kind, self.rows.local]
 
     @cached_property
     def branching(self) -> Branching | None:
         """The trees that branch; None if none does."""
-        return self.stack.branching(self.branching_rows) if self.branching_rows is not None else None
+        return self.stack.branching(self.rows.branching) if self.rows.branching is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +129,11 @@ class TreeStack:
             parent=torch.where(parent >= 0, parent + rows.root[rows.request], ROOT),
             depth=depth,
             shift=depth - rows.local,
-            words=self.words[rows.row_kind, rows.local],
             root=rows.root,
             kind=rows.kind,
             max_depth=max_depth,
             drafting_requests=rows.drafting_requests,
-            branching_rows=rows.branching,
+            rows=rows,
             stack=self,
         )
 

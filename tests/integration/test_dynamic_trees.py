@@ -24,7 +24,7 @@ from tests.integration.engines import (
 )
 from tests.under_test import UNDER_TEST, on
 
-PROMPTS, TOKENS, MOST = on(v1=(40, 56, 12), v2=(3, 12, 3), triton=(3, 9, 3))
+PROMPTS, TOKENS, MOST = on(v1=(40, 56, 12), v2=(3, 9, 3), triton=(3, 7, 3))
 NODES = on(v1=15, v2=7)
 SEEDED = [
     SamplingParams(
@@ -148,3 +148,14 @@ def test_a_dynamic_tree_accepts_more_than_a_sparse_one_of_as_many_nodes(
 
 def test_the_trees_of_requests_that_have_ended_are_forgotten(either: Run) -> None:
     assert len(either.remembered) <= 2 * CODES
+
+
+@pytest.mark.both_runners
+@pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 heeds it")
+def test_a_least_probability_is_refused_where_every_tree_has_as_many_nodes(tiny_target: Path, tiny_heads: Path) -> None:
+    options = {"speculative_config": {"medusa_min_probability": 0.2}}
+    with (
+        pytest.raises(ValueError, match=r"medusa_min_probability: 0\.2 cannot be heeded by vLLM's model runner V2"),
+        engine(tiny_target, heads=tiny_heads, tree="dynamic", **options),
+    ):
+        pass

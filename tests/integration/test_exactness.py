@@ -29,7 +29,7 @@ from tests.integration.engines import (
 from tests.under_test import UNDER_TEST, on
 from vllm_medusa.tree.static import best_first, cartesian, chain, from_choices
 
-PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(6, 20, 4), triton=(3, 6, 2))
+PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(4, 14, 3), triton=(2, 6, 2))
 TREES = on(v1=("chain", "cartesian", "explicit"), v2=("chain", "explicit"))
 
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
 ]
 STATIC = {"plan": 3, "masks": 3, "verification": 5, "commit": 1, "proposal": 23}
-DYNAMIC = {"plan": 27, "masks": 3, "verification": 5, "commit": 1, "proposal": 32}
+DYNAMIC = {"plan": 22, "masks": 8, "verification": 5, "commit": 1, "proposal": 32}
 """Of one step, with four heads, two layers and one KV cache group; docs/architecture.md states them."""
 
 

@@ -71,7 +71,7 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> N
     """Print one row per contender."""
     table = Table(title="One request at a time, greedy")
     table.add_column("")
-    for column in ("drafted/step", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
+    for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
         table.add_column(column, justify="right")
     for name, run in summary.items():
         table.add_row(

@@ -11,7 +11,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from vllm import SamplingParams
 
-from tests.integration.engines import SpecCounters, engine, generate, greedy, spec_counters, texts
+from tests.integration.engines import SpecCounters, Tree, engine, generate, greedy, spec_counters, texts
 
 SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=77, max_tokens=24, ignore_eos=True, detokenize=False)
 
@@ -23,9 +23,9 @@ class Decoded:
     counters: SpecCounters
 
 
-def decode(target: Path, heads: Path, prompts: list[list[int]], **options: Any) -> Decoded:
+def decode(target: Path, heads: Path, prompts: list[list[int]], tree: Tree, **options: Any) -> Decoded:
     """Decode with a branching tree, greedily and with a seed."""
-    with engine(target, heads=heads, tree=[3, 2], max_num_seqs=4, max_model_len=128, **options) as llm:
+    with engine(target, heads=heads, tree=tree, max_num_seqs=4, max_model_len=128, **options) as llm:
         return Decoded(
             greedy=texts(generate(llm, prompts, greedy(24))),
             seeded=texts(generate(llm, prompts, SEEDED)),

@@ -59,9 +59,9 @@ class TreeRows:
         if (branching := self.layout.branching) is None:
             return None
         return TreeQueries(
-            request=branching.request,
-            context=self.seq_lens[branching.request].long() - branching.length,
-            token=self.token[branching.row],
+            request=branching.rows.request,
+            context=self.seq_lens[branching.rows.request].long() - branching.rows.length,
+            token=self.token[branching.rows.row],
             depth=branching.depth,
             ancestors=branching.ancestors,
         )

@@ -20,20 +20,14 @@ KEPT_LAYOUTS = 256
 class Branching:
     """The trees of a layout that branch, side by side.
 
-    Trees of fewer rows than the largest are padded at the end; padding rows repeat the tree's last row.
-
     Attributes:
-        request: ``[trees]``, int64: index among the step's requests.
-        length: ``[trees]``, int64: the tree's rows.
-        row: ``[trees, rows]``, int64: each row's index among all rows of the layout.
+        rows: which rows of which trees these are, padding included.
         depth: ``[trees, rows]``, int64.
         ancestors: ``[trees, rows, rows]``, bool: row i may attend to row j.
 
     """
 
-    request: torch.Tensor
-    length: torch.Tensor
-    row: torch.Tensor
+    rows: BranchingRows
     depth: torch.Tensor
     ancestors: torch.Tensor
 
@@ -48,7 +42,6 @@ class TreeLayout:
         depth: ``[rows]``, int64.
         shift: ``[rows]``, int64: the row's depth less its place in the tree, which is its depth in a chain.
         root: ``[requests]``, int64: each request's root, an index among all rows.
-        kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
         max_depth: at least the deepest tree's depth, known on the host.
         drafting_requests: requests up to the last one with a draft, known on the host.
         rows: which rows of which trees these are.
@@ -61,7 +54,6 @@ class TreeLayout:
     depth: torch.Tensor
     shift: torch.Tensor
     root: torch.Tensor
-    kind: torch.Tensor
     max_depth: int
     drafting_requests: int
     rows: StepRows
@@ -130,7 +122,6 @@ class TreeStack:
             depth=depth,
             shift=depth - rows.local,
             root=rows.root,
-            kind=rows.kind,
             max_depth=max_depth,
             drafting_requests=rows.drafting_requests,
             rows=rows,
@@ -142,9 +133,7 @@ class TreeStack:
         is_row = torch.arange(rows.local.shape[1], device=rows.local.device) < rows.length[:, None]
         ancestors = self.ancestors[rows.kind[:, None], rows.local][:, :, : rows.local.shape[1]]
         return Branching(
-            request=rows.request,
-            length=rows.length,
-            row=rows.row,
+            rows=rows,
             depth=self.depths[rows.kind[:, None], rows.local],
             ancestors=ancestors & is_row[:, None],
         )

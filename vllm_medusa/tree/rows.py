@@ -39,7 +39,6 @@ class StepRows:
         request: ``[rows]``, int64: the request that a row belongs to.
         local: ``[rows]``, int64: each row's place in its tree.
         row_kind: ``[rows]``, int64: which tree of the stack it belongs to.
-        kind: ``[requests]``, int64: which tree of the stack each request's draft follows.
         root: ``[requests]``, int64: each request's root, an index among all rows.
         drafting_requests: requests up to the last one with a draft.
         branching: the trees that branch; None if none does.
@@ -49,7 +48,6 @@ class StepRows:
     request: torch.Tensor
     local: torch.Tensor
     row_kind: torch.Tensor
-    kind: torch.Tensor
     root: torch.Tensor
     drafting_requests: int
     branching: BranchingRows | None
@@ -80,7 +78,6 @@ class StepRows:
             request=send(request),
             local=send(torch.arange(len(request)) - start[request]),
             row_kind=send(kind[request]),
-            kind=send(kind),
             root=send(start),
             drafting_requests=max((index + 1 for index, drafts in enumerate(num_drafts) if drafts), default=0),
             branching=cls._branching(branching, kind, lengths, start, send) if len(branching) else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,21 @@ UNDER_TEST.install()
 
 ONE_BY_ONE = ("tests/integration/test_v2.py::", "tests/unit/test_triton_kernels.py::")
 """Files whose tests run long, each in a process of its own, and share nothing."""
+
+
+# Importing vLLM makes a million objects and hardly any garbage to look for among them.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again from here on, but not among what has been imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let Python take down all that was imported as it ends."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from triton import language as tl  # noqa: F401
 from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.language import core  # noqa: F401
+from triton.runtime import driver, interpreter
 from triton.runtime.interpreter import InterpreterBuilder
 
 
@@ -53,6 +55,11 @@ def store_under_any_mask(builder: InterpreterBuilder, ptrs: Any, value: Any, mas
 
 
 InterpreterBuilder.create_masked_store = store_under_any_mask
+
+# The interpreter puts its own functions into Triton's language for each call of a kernel, a third of all that the call
+# takes; nothing here uses the language otherwise, so they are put there once (into the modules that this one names).
+interpreter._patch_lang(store_under_any_mask)
+interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 # The interpreter cannot run this one kernel; vLLM's PyTorch version gives the same tokens.
 from vllm.v1.sample.ops import topk_topp_sampler  # noqa: E402

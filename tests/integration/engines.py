@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
@@ -57,7 +58,7 @@ def engine(
             speculative["medusa_tree"] = tree
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)  # Models this small gain nothing from more, and lose tenfold where cores are shared.
-    with UNDER_TEST.medusa() if speculative else nullcontext({}) as further:
+    with _imports_frozen(), UNDER_TEST.medusa() if speculative else nullcontext({}) as further:
         llm = LLM(model=str(model), **(DEFAULTS | further | options), speculative_config=speculative or None)
         _open_engines.append(llm)
         try:
@@ -67,6 +68,16 @@ def engine(
             llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
+
+
+@contextmanager
+def _imports_frozen() -> Iterator[None]:
+    """Keep what is there already out of the garbage collections of an engine, half a second each, a dozen from its
+    start to its end; what the engine itself leaves behind is collected.
+    """
+    gc.freeze()
+    with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"):
+        yield
 
 
 def greedy(max_tokens: int, **options: Any) -> SamplingParams:

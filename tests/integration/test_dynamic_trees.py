@@ -24,7 +24,7 @@ from tests.integration.engines import (
 )
 from tests.under_test import UNDER_TEST, on
 
-PROMPTS, TOKENS, MOST = on(v1=(40, 56, 12), v2=(3, 9, 3), triton=(3, 7, 3))
+PROMPTS, TOKENS, MOST = on(v1=(40, 56, 6), v2=(3, 9, 3), triton=(3, 7, 3))
 NODES = on(v1=15, v2=7)
 SEEDED = [
     SamplingParams(
@@ -92,7 +92,7 @@ def plain(tiny_target: Path, held_out_prompts: list[list[int]]) -> Plain:
 
 @pytest.fixture(scope="module")
 def run(plain: Plain, tiny_target: Path, tiny_heads: Path) -> Run:
-    return Run(plain, tiny_target, tiny_heads, "dynamic", **on(v1={"medusa_min_probability": 0.0}, v2={}))
+    return Run(plain, tiny_target, tiny_heads, "dynamic", medusa_min_probability=0.0)
 
 
 @pytest.fixture(scope="module")

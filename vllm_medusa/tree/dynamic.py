@@ -1,11 +1,15 @@
 """A tree for each request and step, grown best-first from the heads' own probabilities.
 
-A path's probability is the product of its tokens' probabilities, each from its own head; the tree of n nodes with the
-most tokens accepted per step is that of the n most probable paths, for a path is at most as probable as its parent (the
-argument of ``static.best_first``, with the probabilities of this very step in the place of averages). A path is also
-at most as probable as one that has a better rank somewhere and no worse one anywhere. So a path that is among the best
-n leaves room for all of those, which bounds its ranks: the candidates are few, known beforehand, and one sort of their
-probabilities grows the trees of all requests.
+The tree of n nodes with the most tokens accepted per step is that of the n most probable paths, for a path is at most
+as probable as its parent (the argument of ``static.best_first``, with the probabilities of this very step in the place
+of averages). A path is also at most as probable as one that has a better rank somewhere and no worse one anywhere. So a
+path that is among the best n leaves room for all of those, which bounds its ranks: the candidates are few, known
+beforehand, and one sort of their probabilities grows the trees of all requests.
+
+Each head gives the probabilities of its own tokens. Were the heads independent, a path's probability would be the
+product of its tokens'; but their top-1 tokens mostly belong to one continuation, and come true together as often as the
+least probable of them at best. As long as a path follows the top-1 tokens, it counts as the geometric mean of these two
+bounds; from where it leaves them on, tokens multiply.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ class GrownTrees:
     """Trees of several requests, as rows of the candidate tree.
 
     Attributes:
-        candidate: ``[requests, rows]``, int64: which candidate each row is, the root first, then the most probable.
+        candidate: ``[requests, rows]``, int64: which candidate each row is, the root first, then the most probable (but
+            the top-1 chain before all others where improbable paths are left out).
         length: ``[requests]``, int64: the rows that are probable enough to be verified, the root counted.
 
     """
@@ -72,10 +77,12 @@ class DynamicTree:
             )
         row = {path: index for index, path in enumerate(paths)}
         self._depth, self._parent = self.candidates.topology.depths, self.candidates.topology.parents.clamp(min=0)
-        # Shorter paths are filled up with themselves, and with a rank that no path has.
+        # Shorter paths are filled up with themselves, and with a rank that no path has and that adds nothing.
         self._line = torch.tensor([[row[path[:depth]] for depth in range(num_heads + 1)] for path in paths])
         ranks = torch.tensor([[*path, *[self.top_k] * (num_heads - len(path))] for path in paths])
         self._terms = ranks + torch.arange(num_heads) * (self.top_k + 1)
+        follows = (ranks == 0).cummin(dim=1).values
+        self._on_chain, self._leaves, self._weight = follows.sum(dim=1) == self._depth, ~follows, 1 - follows / 2
         self._token = (self._depth - 1).clamp(min=0) * self.top_k + self.candidates.ranks
         chain = [row[(0,) * depth] for depth in range(self.chain_length + 1)]
         others = [index for index in range(len(paths)) if index not in set(chain)]
@@ -87,7 +94,7 @@ class DynamicTree:
     def to(self, device: torch.device) -> DynamicTree:
         """Return a tree that grows on another device."""
         moved = copy.copy(self)
-        for name in ("chain", "_depth", "_parent", "_line", "_terms", "_token"):
+        for name in ("chain", "_depth", "_parent", "_line", "_terms", "_on_chain", "_leaves", "_weight", "_token"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
@@ -107,12 +114,32 @@ class DynamicTree:
     ) -> GrownTrees:
         """Grow each request's tree from the log-probabilities of its heads' best tokens, best first."""
         terms = pad(log_probs, (0, 1)).flatten(1)[:, self._terms]
+        # No path is more probable than its parent, not by rounding either: the sum and the least only fall.
+        scores = (terms * self._weight).sum(dim=-1) + terms.masked_fill(self._leaves, 0).amin(dim=-1) / 2
         # A head that is broken drafts nothing.
-        scores = terms.sum(dim=-1).nan_to_num_(nan=-math.inf, neginf=-math.inf)
+        scores.nan_to_num_(nan=-math.inf, neginf=-math.inf)
         # A stable sort keeps the order of the candidates among equals, in which parents come first.
         best = scores.sort(dim=1, descending=True, stable=True)
-        floor = math.log(self.min_probability) if self.min_probability else -math.inf
-        return GrownTrees(best.indices[:, : len(self)], (best.values[:, : len(self)] >= floor).sum(dim=1))
+        candidate = best.indices[:, : len(self)]
+        if not self.min_probability:
+            return GrownTrees(candidate, (best.values[:, : len(self)] > -math.inf).sum(dim=1))
+        return self._prune(candidate, best.values[:, : len(self)].exp())
+
+    def _prune(
+        self,
+        candidate: torch.Tensor,  # [requests, rows], int64
+        probability: torch.Tensor,  # [requests, rows], float32
+    ) -> GrownTrees:
+        """Leave out rows that are less probable than asked for, and branches where they are not worth a row more.
+
+        What branches costs a masked attention pass, about as much as a row. A chain that comes first is where an
+        ordinary sequence has it: what is accepted of it need not be moved in the KV cache.
+        """
+        on_chain, probable = self._on_chain[candidate], probability >= self.min_probability
+        gain = (probability - self.min_probability).masked_fill(~probable | on_chain, 0).sum(dim=1, keepdim=True)
+        kept = probable & (on_chain | (gain >= self.min_probability))
+        order = torch.where(kept, (~on_chain).long(), 2).sort(dim=1, stable=True).indices
+        return GrownTrees(candidate.gather(1, order), kept.sum(dim=1))
 
     def fill(
         self,

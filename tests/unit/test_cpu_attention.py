@@ -334,7 +334,8 @@ def test_a_step_without_branching_trees_is_left_to_the_stock_op() -> None:
     step = Step(Layer(), [Request(40, DraftTree.chain(4)), Request(7, BRANCHING)])
     metadata = step.metadata()
     assert isinstance(metadata, TreeCPUAttentionMetadata)
-    assert metadata.native_tokens.tolist() == list(range(5))
+    assert metadata.native is not None
+    assert metadata.native.token.tolist() == list(range(5))
 
 
 def test_trees_that_are_alone_in_a_step_need_no_stock_metadata() -> None:

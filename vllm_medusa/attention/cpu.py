@@ -32,6 +32,20 @@ def tree_attention_selected() -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True, eq=False)
+class NativeTokens:
+    """The tokens of a step that vLLM's own op takes.
+
+    Attributes:
+        token: ``[native]``, int64: their indices among all tokens.
+        metadata: vLLM's metadata for them.
+
+    """
+
+    token: torch.Tensor
+    metadata: CPUAttentionMetadata
+
+
+@dataclass(frozen=True, eq=False)
 class TreeCPUAttentionMetadata:
     """What a step with branching trees needs.
 
@@ -42,16 +56,16 @@ class TreeCPUAttentionMetadata:
         trees: the branching trees.
         block: ``[trees, keys]``, int64: the cache block of each key.
         offset: ``[trees, keys]``, int64: its place in the block.
-        native_tokens: ``[native]``, int64: indices of the tokens of all other requests.
-        native: vLLM's metadata for them; None if there are none.
+        native: all other requests; None if there are none.
+        in_order: whether the trees' rows are the step's tokens, all of them and one after another.
 
     """
 
     trees: TreeQueries
     block: torch.Tensor
     offset: torch.Tensor
-    native_tokens: torch.Tensor
-    native: CPUAttentionMetadata | None
+    native: NativeTokens | None
+    in_order: bool
 
     @cached_property
     def distance(self) -> torch.Tensor:
@@ -129,9 +143,12 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
         common = common_attn_metadata
         if trees is None:
             return super().build(common_prefix_len, common, fast_build)
-        is_native = torch.ones(common.num_reqs, dtype=torch.bool)
-        is_native[trees.request] = False
-        native_common, native_tokens = _select(common, is_native.nonzero().flatten())
+        native = None
+        if len(trees.request) < common.num_reqs:
+            is_native = torch.ones(common.num_reqs, dtype=torch.bool)
+            is_native[trees.request] = False
+            native_common, native_tokens = _select(common, is_native.nonzero().flatten())
+            native = NativeTokens(native_tokens, super().build(common_prefix_len, native_common, fast_build))
         num_keys = trees.context + trees.ancestors.any(dim=1).sum(dim=1)
         slot = torch.arange(int(num_keys.max())).expand(len(num_keys), -1)
         slot = slot * (slot < num_keys[:, None])
@@ -139,8 +156,8 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
             trees=trees,
             block=common.block_table_tensor[trees.request].long().gather(1, slot // self.block_size),
             offset=slot % self.block_size,
-            native_tokens=native_tokens,
-            native=super().build(common_prefix_len, native_common, fast_build) if len(native_tokens) else None,
+            native=native,
+            in_order=native is None and trees.token.numel() == common.num_actual_tokens,
         )
 
 
@@ -164,14 +181,18 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if attn_metadata.native is not None:
-            native_query = query[attn_metadata.native_tokens]
+        if (native := attn_metadata.native) is not None:
+            native_query = query[native.token]
             native_output = torch.empty_like(native_query)
-            super().forward(layer, native_query, key, value, kv_cache, attn_metadata.native, native_output)
-            output[attn_metadata.native_tokens] = native_output
+            super().forward(layer, native_query, key, value, kv_cache, native.metadata, native_output)
+            output[native.token] = native_output
         token = attn_metadata.trees.token
-        attended = self._attend(query[token], kv_cache, attn_metadata)
-        output[token.flatten()] = attended.flatten(0, 1).to(output.dtype)
+        if attn_metadata.in_order:
+            tree_query, tree_output = (each[: token.numel()].unflatten(0, token.shape) for each in (query, output))
+            tree_output.copy_(self._attend(tree_query, kv_cache, attn_metadata))
+        else:
+            attended = self._attend(query[token], kv_cache, attn_metadata)
+            output[token.flatten()] = attended.flatten(0, 1).to(output.dtype)
         return output
 
     def _attend(

@@ -78,10 +78,10 @@ class DynamicDrafts:
 
     def __init__(self, proposer: MedusaProposer, tree: DynamicTree) -> None:
         self._proposer, self._tree = proposer, tree
-        self._candidate: dict[str, torch.Tensor] = {}
+        self._candidate: dict[str, tuple[int, ...]] = {}
         # The scheduler makes up drafts for some new requests; any tree will do for those.
-        self._any = torch.arange(len(tree))
-        self._rows = lru_cache(KEPT_LAYOUTS)(self._number)
+        self._any = tuple(range(len(tree)))
+        self._kept = lru_cache(KEPT_LAYOUTS)(self._layout)
 
     def propose(
         self,
@@ -91,21 +91,20 @@ class DynamicDrafts:
     ) -> list[list[int]]:
         """Draft each request's next tokens (see ``Drafts.propose``)."""
         trees, tokens = self._proposer.propose_trees(hidden, torch.tensor(chained) if any(chained) else None)
-        self._candidate.update(zip(requests, trees.candidate.unbind(), strict=True))
+        self._candidate.update(zip(requests, map(tuple, trees.candidate.tolist()), strict=True))
         return [draft[: rows - 1] for draft, rows in zip(tokens.tolist(), trees.length.tolist(), strict=True)]
 
     def layout(self, requests: Sequence[str], chained: Sequence[bool], num_drafts: Sequence[int]) -> TreeLayout:
         """Lay out a step's trees (see ``Drafts.layout``)."""
-        candidate = torch.stack([self._candidate.get(request, self._any) for request in requests])
-        stack = self._tree.stack(candidate)
-        rows = self._rows(tuple(num_drafts), tuple(stack.chain_rows.tolist()))
-        return stack.layout(rows, min(self._tree.num_heads, max(num_drafts)))
+        candidates = tuple(self._candidate.get(request, self._any) for request in requests)
+        return self._kept(candidates, tuple(num_drafts))
 
     def forget(self, requests: Iterable[str]) -> None:
         """Drop the trees of requests that have ended."""
         for request in requests:
             self._candidate.pop(request, None)
 
-    @staticmethod
-    def _number(num_drafts: tuple[int, ...], chain_rows: tuple[int, ...]) -> StepRows:
-        return StepRows.of(range(len(num_drafts)), num_drafts, chain_rows)
+    def _layout(self, candidates: tuple[tuple[int, ...], ...], num_drafts: tuple[int, ...]) -> TreeLayout:
+        stack = self._tree.stack(torch.tensor(candidates))
+        rows = StepRows.of(range(len(num_drafts)), num_drafts, stack.chain_rows.tolist())
+        return stack.layout(rows, min(self._tree.num_heads, max(num_drafts)))

@@ -30,8 +30,8 @@ DEFAULT_NODES = {"cpu": 7, "cuda": 31}
 """Nodes of a sparse or dynamic tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so
 few."""
 
-DEFAULT_MIN_PROBABILITY = {"cpu": 0.12, "cuda": 0.0}
-"""Least probability of a dynamic tree's paths: on a CPU a row costs about an eighth of what a further token saves."""
+DEFAULT_MIN_PROBABILITY = {"cpu": 0.15, "cuda": 0.0}
+"""Least probability of a dynamic tree's paths: on a CPU a row costs about a seventh of what a further token saves."""
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),

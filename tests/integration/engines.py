@@ -72,8 +72,10 @@ def engine(
 
 @contextmanager
 def _imports_frozen() -> Iterator[None]:
-    """Keep what is there already out of the garbage collections of an engine, half a second each, a dozen from its
-    start to its end; what the engine itself leaves behind is collected.
+    """Keep what has been imported out of the garbage collections that an engine makes.
+
+    It makes a dozen, and each would look through a million objects for half a second. vLLM's own calls do nothing
+    meanwhile: they would freeze the engine, which is to be collected once it is closed, or unfreeze the imports.
     """
     gc.freeze()
     with patch.object(gc, "freeze"), patch.object(gc, "unfreeze"):

@@ -339,8 +339,21 @@ def test_a_step_without_branching_trees_is_left_to_the_stock_op() -> None:
 
 
 def test_trees_that_are_alone_in_a_step_need_no_stock_metadata() -> None:
-    metadata = Step(Layer(), [Request(40, BRANCHING), Request(7, BRANCHING)]).metadata()
+    step = Step(Layer(), [Request(40, BRANCHING), Request(7, BRANCHING)])
+    metadata = step.metadata()
+    assert isinstance(metadata, TreeCPUAttentionMetadata)
     assert metadata.native is None
+    assert metadata.in_order
+    assert_same(step, step.attend(), step.by_reference())
+
+
+@pytest.mark.parametrize("other", [Request(7, BRANCHING.prefix(4)), Request(7, DraftTree.chain(4))])
+def test_rows_are_not_taken_in_order_where_trees_are_padded_or_not_alone(other: Request) -> None:
+    step = Step(Layer(), [Request(40, BRANCHING), other])
+    metadata = step.metadata()
+    assert isinstance(metadata, TreeCPUAttentionMetadata)
+    assert not metadata.in_order
+    assert_same(step, step.attend(), step.by_reference())
 
 
 @pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "vsx"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -51,6 +52,10 @@ def probability(log_probs: torch.Tensor, path: tuple[int, ...]) -> float:
     return math.sqrt(min(chain, default=1.0) * math.prod(chain)) * math.prod(others)
 
 
+def is_descending(values: list[float]) -> bool:
+    return all(after <= before + 1e-6 for before, after in pairwise(values))
+
+
 def best_probabilities(log_probs: torch.Tensor, nodes: int) -> list[float]:
     """Search all paths best-first, one by one."""
     heads, ranks = log_probs.shape
@@ -96,18 +101,20 @@ def test_rows_are_left_out_that_are_improbable_and_branches_that_are_not_worth_a
     grown = tree.grow(log_probs)
     for own, candidate, length in zip(log_probs, grown.candidate, grown.length.tolist(), strict=True):
         paths = paths_of(tree, candidate)
-        probable = {path: probability(own, path) for path in paths if probability(own, path) > floor - 1e-6}
-        chain = [path for path in probable if not any(path)]
-        branches = {path: each for path, each in probable.items() if any(path)}
-        gain = sum(branches.values()) - floor * len(branches)
-        if abs(gain - floor) < 1e-5 or any(abs(each - floor) < 1e-6 for each in probable.values()):
-            continue  # either is right
+        probabilities = {path: probability(own, path) for path in paths}
         if not floor:
-            assert set(paths[:length]) == {path for path, each in probable.items() if each > 0}
-        elif gain > floor:
-            assert paths[:length] == [*chain, *branches]
-        else:
-            assert paths[:length] == chain
+            assert paths[:length] == [path for path, each in probabilities.items() if each > 0]
+            continue
+        chain, branches = ([path for path in paths[:length] if any(path) is side] for side in (False, True))
+        assert paths[:length] == [*chain, *branches]
+        for kept in (chain, branches):
+            assert is_descending([probabilities[path] for path in kept])
+        probable = {path: each for path, each in probabilities.items() if each > floor - 1e-6}
+        surplus = sum(each - floor for path, each in probable.items() if any(path))
+        if abs(surplus - floor) < 1e-5 or any(abs(each - floor) < 1e-6 for each in probabilities.values()):
+            continue  # either is right
+        assert set(chain) == {path for path in probable if not any(path)}
+        assert set(branches) == {path for path in probable if any(path) and surplus > floor}
 
 
 @deterministic
@@ -143,8 +150,9 @@ def test_top_tokens_of_different_heads_mostly_come_true_together() -> None:
     assert paths_of(tree, grown.candidate[0]) == [(), (0,), (0, 0)]
 
 
-def test_a_head_that_predicts_no_numbers_drafts_nothing() -> None:
-    tree = DynamicTree(2, 4, 2, 0.1)
+@pytest.mark.parametrize("min_probability", [0.0, 1e-50, 0.1])
+def test_a_head_that_predicts_no_numbers_drafts_nothing(min_probability: float) -> None:
+    tree = DynamicTree(2, 4, 2, min_probability)
     grown = tree.grow(torch.full((1, 2, 2), math.nan))
     assert grown.length.tolist() == [1]
     assert paths_of(tree, grown.candidate[0])[0] == ()

@@ -286,7 +286,7 @@ def _select(
         common,
         num_reqs=len(requests),
         num_actual_tokens=total,
-        max_query_len=int(lengths.max()) if total else 0,
+        max_query_len=int(lengths.max()),
         query_start_loc=new_start,
         query_start_loc_cpu=new_start,
         seq_lens=common.seq_lens[requests],

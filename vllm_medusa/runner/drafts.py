@@ -97,7 +97,10 @@ class DynamicDrafts:
     def layout(self, requests: Sequence[str], chained: Sequence[bool], num_drafts: Sequence[int]) -> TreeLayout:
         """Lay out a step's trees (see ``Drafts.layout``)."""
         candidates = tuple(self._candidate.get(request, self._any) for request in requests)
-        return self._kept(candidates, tuple(num_drafts))
+        if len(requests) > 1:
+            return self._layout(candidates, tuple(num_drafts))
+        # One request's trees repeat; those of many, together, do not.
+        return self._kept((candidates[0][: num_drafts[0] + 1],), tuple(num_drafts))
 
     def forget(self, requests: Iterable[str]) -> None:
         """Drop the trees of requests that have ended."""

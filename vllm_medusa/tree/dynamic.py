@@ -9,7 +9,7 @@ beforehand, and one sort of their probabilities grows the trees of all requests.
 Each head gives the probabilities of its own tokens. Were the heads independent, a path's probability would be the
 product of its tokens'; but their top-1 tokens mostly belong to one continuation, and come true together as often as the
 least probable of them at best. As long as a path follows the top-1 tokens, it counts as the geometric mean of these two
-bounds; from where it leaves them on, tokens multiply.
+bounds; from where it leaves them on, tokens multiply. All of the above holds for probabilities so defined.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GrownTrees:
     Attributes:
         candidate: ``[requests, rows]``, int64: which candidate each row is, the root first, then the most probable (but
             the top-1 chain before all others where improbable paths are left out).
-        length: ``[requests]``, int64: the rows that are probable enough to be verified, the root counted.
+        length: ``[requests]``, int64: the rows that are worth verifying, the root counted.
 
     """
 
@@ -52,7 +52,8 @@ class DynamicTree:
         num_heads: heads that draft, the deepest node's depth.
         nodes: most nodes of a tree, the root not counted.
         top_k: most tokens of each head that a tree may use.
-        min_probability: the least probability of a path that is drafted, by the heads' own judgement.
+        min_probability: what a row has to be worth: the least probability of a path that is drafted, by the heads' own
+            judgement, and the least by which a tree's branches together exceed theirs.
 
     Raises:
         ValueError: ``nodes`` is too many, more than ``MAX_CANDIDATES`` paths would have to be weighed, or fewer than
@@ -120,24 +121,25 @@ class DynamicTree:
         scores.nan_to_num_(nan=-math.inf, neginf=-math.inf)
         # A stable sort keeps the order of the candidates among equals, in which parents come first.
         best = scores.sort(dim=1, descending=True, stable=True)
-        candidate = best.indices[:, : len(self)]
+        candidate, scores = best.indices[:, : len(self)], best.values[:, : len(self)]
         if not self.min_probability:
-            return GrownTrees(candidate, (best.values[:, : len(self)] > -math.inf).sum(dim=1))
-        return self._prune(candidate, best.values[:, : len(self)].exp())
+            return GrownTrees(candidate, (scores > -math.inf).sum(dim=1))
+        return self._prune(candidate, scores)
 
     def _prune(
         self,
         candidate: torch.Tensor,  # [requests, rows], int64
-        probability: torch.Tensor,  # [requests, rows], float32
+        scores: torch.Tensor,  # [requests, rows], float32, logarithms of probabilities
     ) -> GrownTrees:
-        """Leave out rows that are less probable than asked for, and branches where they are not worth a row more.
+        """Leave out rows that are not worth verifying.
 
-        What branches costs a masked attention pass, about as much as a row. A chain that comes first is where an
-        ordinary sequence has it: what is accepted of it need not be moved in the KV cache.
+        ``min_probability`` is what a row costs, in tokens. A tree that branches costs a masked attention pass besides,
+        about as much as a row; its branches stay if what they promise beyond their own cost pays for that. A chain that
+        comes first is where an ordinary sequence has it: what is accepted of it need not be moved in the KV cache.
         """
-        on_chain, probable = self._on_chain[candidate], probability >= self.min_probability
-        gain = (probability - self.min_probability).masked_fill(~probable | on_chain, 0).sum(dim=1, keepdim=True)
-        kept = probable & (on_chain | (gain >= self.min_probability))
+        on_chain, probable = self._on_chain[candidate], scores >= math.log(self.min_probability)
+        surplus = (scores.exp() - self.min_probability).masked_fill(~probable | on_chain, 0).sum(dim=1, keepdim=True)
+        kept = probable & (on_chain | (surplus >= self.min_probability))
         order = torch.where(kept, (~on_chain).long(), 2).sort(dim=1, stable=True).indices
         return GrownTrees(candidate.gather(1, order), kept.sum(dim=1))
 

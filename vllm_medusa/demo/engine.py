@@ -40,6 +40,7 @@ class Engine:
         """Start it in this process."""
         from vllm import LLM  # The process that gives orders does without.
 
+        gc.freeze()  # vLLM collects garbage a dozen times as it starts, and would look through all that is imported.
         return LLM(
             model=self.model,
             dtype=self.dtype,

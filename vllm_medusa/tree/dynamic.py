@@ -85,9 +85,7 @@ class DynamicTree:
         follows = (ranks == 0).cummin(dim=1).values
         self._on_chain, self._leaves, self._weight = follows.sum(dim=1) == self._depth, ~follows, 1 - follows / 2
         self._token = (self._depth - 1).clamp(min=0) * self.top_k + self.candidates.ranks
-        chain = [row[(0,) * depth] for depth in range(self.chain_length + 1)]
-        others = [index for index in range(len(paths)) if index not in set(chain)]
-        self.chain = torch.tensor([*chain, *others][: len(self)])
+        self.chain = (~self._on_chain).long().argsort(stable=True)[: len(self)]
 
     def __len__(self) -> int:
         return self.nodes + 1

@@ -242,7 +242,7 @@ class Attention:
     """A step in which every request verifies the same tree, and as many caches as one graph is to read."""
 
     def __init__(self, size: Size, shape: Shape, batch: int, context: int, tree: DraftTree) -> None:
-        from vllm_medusa.attention.triton_ops import AttentionStep, LayerOptions, Workspace
+        from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace
 
         device, rows = size.device, len(tree)
         blocks = -(-(context + rows) // BLOCK_SIZE)
@@ -273,7 +273,7 @@ class Attention:
         return self.caches[layer].transpose(1, 2).split(self.shape.head_dim, dim=-1)
 
     def attend(self, layer: int = 0, tiling: Any = None) -> None:
-        from vllm_medusa.attention.triton_ops import tree_attention
+        from vllm_medusa.attention.triton.ops import tree_attention
 
         tree_attention(self.query, *self.caches_of(layer), self.output, self.step, self.options, self.workspace, tiling)
 
@@ -282,7 +282,7 @@ class Attention:
         return [lambda layer=layer: self.attend(layer, tiling) for layer in range(len(self.caches))]
 
     def default_tiling(self) -> Any:
-        from vllm_medusa.attention.triton_ops import choose_tiling
+        from vllm_medusa.attention.triton.ops import choose_tiling
 
         shape, rows = self.shape, len(self.tree)
         return choose_tiling(
@@ -369,7 +369,7 @@ def tiling_times(size: Size, bandwidth: float) -> list[dict[str, Any]]:
 def walk_and_commit_times(size: Size) -> list[dict[str, Any]]:
     """Time the walk, and the commit of one branch per request in all layers of the first shape's cache."""
     from vllm_medusa.acceptance.walk_kernel import walk_drawn
-    from vllm_medusa.runner.commit_kernel import CacheTable, move_accepted
+    from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
 
     shape, tree, results = size.shapes[0], draft_tree(size.rows[-1]), []
     rows = len(tree)

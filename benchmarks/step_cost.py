@@ -151,7 +151,7 @@ def speculation(kind: str, rows: int) -> dict[str, Any] | None:
     if kind == STOCK:
         return {"method": "custom_class", "model": "step_cost.RandomDrafts", "num_speculative_tokens": rows - 1}
     if kind == TREE:
-        from vllm_medusa.proposer import MedusaProposer
+        from vllm_medusa.runner.proposer import MedusaProposer
 
         MedusaProposer.propose = lambda _, hidden: torch.randint(VOCAB, (len(hidden), rows - 1))
     return {"method": "medusa", "model": str(DIRECTORY / "heads"), "num_speculative_tokens": rows - 1}
@@ -178,7 +178,7 @@ def commit_milliseconds(llm: Any, rows: int) -> float:
     import torch
 
     from vllm_medusa.acceptance.exact import Walk
-    from vllm_medusa.runner.step import plan_step
+    from vllm_medusa.step.plan import plan_step
 
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     plan = plan_step(

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_medusa.checkpoint.format import write_heads
 from vllm_medusa.demo.blocks import pack_blocks
 from vllm_medusa.demo.corpus import load_corpus
 from vllm_medusa.demo.target import TargetConfig, train_target
 from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
+from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.files import replaced_directory
-from vllm_medusa.model.checkpoint import write_heads
-from vllm_medusa.training.continuation import continue_prompts
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
 CACHE = Path(__file__).parents[1] / "build" / "test-models"

@@ -56,15 +56,15 @@ def _triton_attention() -> AbstractContextManager[None]:
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_medusa.attention.selection import overridden
-    from vllm_medusa.attention.triton import TreeTritonAttentionBackend
-    from vllm_medusa.runner import v2_cpu
-    from vllm_medusa.runner.commit_kernel import KernelCommit
+    from vllm_medusa.attention.triton.backend import TreeTritonAttentionBackend
+    from vllm_medusa.compat.backends import overridden
+    from vllm_medusa.kv_cache.kernel_commit import KernelCommit
+    from vllm_medusa.runner.v2 import cpu_model_runner
 
     # vLLM's cache-write kernel asks what its device can do before it chooses a tile.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    v2_cpu.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
-    v2_cpu.MedusaModelRunner.commit_class = KernelCommit
+    cpu_model_runner.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
+    cpu_model_runner.MedusaModelRunner.commit_class = KernelCommit
     return overridden({AttentionBackendEnum.CPU_ATTN: TreeTritonAttentionBackend})
 
 

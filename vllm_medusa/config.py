@@ -9,7 +9,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_medusa.model.config import MODEL_TYPE, MedusaHeadsConfig
+from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
 from vllm_medusa.plugin import ENGINE_METHOD
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.options import Tree, TreeOptions
@@ -17,7 +17,7 @@ from vllm_medusa.tree.options import Tree, TreeOptions
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-PROPOSER = "vllm_medusa.proposer.MedusaProposer"
+PROPOSER = "vllm_medusa.runner.proposer.MedusaProposer"
 """What ``model`` becomes: where vLLM's V1 runner finds our proposer."""
 
 WORKERS = {

@@ -24,7 +24,7 @@ def register() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_medusa.compat import is_supported
+    from vllm_medusa.compat.version import is_supported
 
     if getattr(EngineArgs.create_speculative_config, "knows_medusa", False):
         return
@@ -39,7 +39,7 @@ def register() -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.transformers_utils import config as hf_configs
 
-    from vllm_medusa.model.config import ARCHITECTURE, MODEL_TYPE, MedusaHeadsConfig
+    from vllm_medusa.checkpoint.config import ARCHITECTURE, MODEL_TYPE, MedusaHeadsConfig
 
     # A heads' config.json often has no model_type; this set makes vLLM read it by our class all the same.
     hf_configs._CONFIG_REGISTRY[MODEL_TYPE] = MedusaHeadsConfig
@@ -62,7 +62,7 @@ def _with_medusa(create: Any) -> Any:
         if METHOD not in (self.spec_method, options.get("method")):
             return create(self, target_model_config, target_parallel_config)
 
-        from vllm_medusa.compat import check_vllm_version
+        from vllm_medusa.compat.version import check_vllm_version
         from vllm_medusa.config import MedusaSpeculativeConfig
 
         check_vllm_version()

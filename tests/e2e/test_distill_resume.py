@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.e2e.forked import Done, run, run_command
 from tests.integration.distillation import DIALOGUE, write_chat_target, write_lines
-from vllm_medusa.training.manifest import MANIFEST_FILE, Counts, Manifest
+from vllm_medusa.distillation.manifest import MANIFEST_FILE, Counts, Manifest
 
 ENGINE_ARGS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 26, "max_model_len": 256}
 

@@ -17,11 +17,11 @@ from tests.integration.distillation import (
     write_lines,
 )
 from tests.integration.engines import engine
-from vllm_medusa.training.dialogue import PromptStyle, Target
-from vllm_medusa.training.distill import DistillConfig, distill
-from vllm_medusa.training.record_files import BadLineCounter, BadLineError, BadLines
-from vllm_medusa.training.records import Record
-from vllm_medusa.training.served_target import ServedTarget
+from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines
+from vllm_medusa.data.records import Record
+from vllm_medusa.distillation.dialogue import PromptStyle, Target
+from vllm_medusa.distillation.run import DistillConfig, distill
+from vllm_medusa.distillation.served_target import ServedTarget
 
 CONTEXT = 256
 

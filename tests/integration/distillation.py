@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from vllm import LLM
 
-from vllm_medusa.training.offline_target import OfflineTarget
-from vllm_medusa.training.record_files import BadLineCounter, BadLines, read_records
-from vllm_medusa.training.records import Record
+from vllm_medusa.data.record_files import BadLineCounter, BadLines, read_records
+from vllm_medusa.data.records import Record
+from vllm_medusa.distillation.offline_target import OfflineTarget
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}# {{ message['role'] }}{{ '\n' }}{{ message['content'] }}"

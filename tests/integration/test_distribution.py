@@ -16,8 +16,8 @@ from vllm import LLM, SamplingParams
 
 from tests.integration.engines import engine, generate, spec_counters, texts
 from vllm_medusa.acceptance.exact import Draw, Walk, walk
-from vllm_medusa.model.checkpoint import HeadsSpec, write_heads
-from vllm_medusa.runner import v1
+from vllm_medusa.checkpoint.format import HeadsSpec, write_heads
+from vllm_medusa.runner.v1 import model_runner as v1
 from vllm_medusa.tree.batch import TreeBatch
 
 VOCAB, HIDDEN, LENGTH, DRAWS = 9, 64, 3, 20_000

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.integration.engines import SpecCounters, engine, generate, greedy, spec_counters, texts
-from vllm_medusa.model.conversion import Layout, convert
-from vllm_medusa.training.calibration import Calibration, write_calibration
-from vllm_medusa.training.continuation import continue_prompts
-from vllm_medusa.training.evaluation import evaluate_heads, load_heads
+from vllm_medusa.checkpoint.conversion import Layout, convert
+from vllm_medusa.distillation.continuation import continue_prompts
+from vllm_medusa.evaluation.calibration import Calibration, write_calibration
+from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
 
 TOKENS, NODES, GROWN_NODES = 96, 16, 8
 

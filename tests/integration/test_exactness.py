@@ -107,7 +107,7 @@ def test_both_runners_emit_the_same_tokens(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with engine(tiny_target, heads=tiny_heads, tree=trees["explicit"], async_scheduling=False) as llm:
-        assert type(model_runner(llm)).__module__ == "vllm_medusa.runner.v1"
+        assert type(model_runner(llm)).__module__ == "vllm_medusa.runner.v1.model_runner"
         assert texts(generate(llm, held_out_prompts[:PROMPTS], greedy(TOKENS))) == plain
 
 

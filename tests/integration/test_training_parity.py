@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from tests.integration.engines import engine, greedy, model_runner
-from vllm_medusa.model.checkpoint import read_spec, read_state, write_heads
+from vllm_medusa.checkpoint.format import read_spec, read_state, write_heads
 from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, TrainConfig
 from vllm_medusa.training.heads import MedusaHeads

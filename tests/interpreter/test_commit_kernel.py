@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.strategies import TokenTree, batch_of, deterministic, trees
-from vllm_medusa.runner.commit_kernel import CacheTable, move_accepted
-from vllm_medusa.runner.step import kv_moves
+from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
+from vllm_medusa.step.plan import kv_moves
 from vllm_medusa.tree.topology import DraftTree
 
 

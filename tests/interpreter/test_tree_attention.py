@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic, trees
 from vllm_medusa.attention import reference
-from vllm_medusa.attention.triton_ops import (
+from vllm_medusa.attention.triton.ops import (
     CAUSAL,
     MAX_BLOCK_ROWS,
     AttentionStep,

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_medusa.attention import reference
 from vllm_medusa.attention.metadata import TreeRows
-from vllm_medusa.attention.triton import (
+from vllm_medusa.attention.triton.backend import (
     TreeAttentionMetadata,
     TreeFlashAttentionMetadataBuilder,
     TreeTritonAttentionImpl,

@@ -14,8 +14,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.sampling_params import SamplingParams
 
-from vllm_medusa import compat
-from vllm_medusa.model.config import ARCHITECTURE
+from vllm_medusa.checkpoint.config import ARCHITECTURE
+from vllm_medusa.compat import version
 from vllm_medusa.plugin import ENGINE_METHOD, register
 
 WRAPPED: list[tuple[type, str]] = [
@@ -49,7 +49,7 @@ def test_registering_imports_neither_the_heads_nor_the_worker() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     [found] = [line for line in done.stdout.splitlines() if line.startswith("found")]
-    modules = ["compat", "model", "model.config", "plugin"]
+    modules = ["checkpoint", "checkpoint.config", "compat", "compat.version", "plugin"]
     assert found == f"found {[f'vllm_medusa.{module}' for module in modules]}"
 
 
@@ -100,7 +100,7 @@ def test_vllm_still_refuses_min_p_under_its_own_speculation() -> None:
 def test_an_unsupported_vllm_is_refused_naming_both_versions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: str
 ) -> None:
-    monkeypatch.setattr(compat, "vllm_version", lambda: Version(found))
+    monkeypatch.setattr(version, "vllm_version", lambda: Version(found))
     register()
     engine_args = EngineArgs(model=str(tmp_path), speculative_config={"method": "medusa", "model": "heads"})
     with pytest.raises(RuntimeError) as refused:
@@ -113,7 +113,7 @@ def test_an_unsupported_vllm_is_refused_naming_both_versions(
 
 @pytest.mark.usefixtures("unregistered")
 def test_an_unsupported_vllm_is_otherwise_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compat, "vllm_version", lambda: Version("0.34.0"))
+    monkeypatch.setattr(version, "vllm_version", lambda: Version("0.34.0"))
     stock = wrapped()
     register()
     assert wrapped()[1:] == stock[1:]
@@ -122,5 +122,5 @@ def test_an_unsupported_vllm_is_otherwise_left_alone(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("found", ["0.32.0rc1", "0.32.0", "0.32.1", "0.33.0", "0.33.0+cu130", "0.33.7"])
 def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(compat, "vllm_version", lambda: Version(found))
-    compat.check_vllm_version()
+    monkeypatch.setattr(version, "vllm_version", lambda: Version(found))
+    version.check_vllm_version()

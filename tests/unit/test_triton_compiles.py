@@ -20,8 +20,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
-from vllm_medusa.attention.triton_ops import AttentionStep, LayerOptions, Workspace, tree_attention
-from vllm_medusa.runner.commit_kernel import CacheTable, move_accepted
+from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
 from vllm_medusa.tree.batch import TreeBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

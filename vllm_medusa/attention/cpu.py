@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_medusa.attention.metadata import TreeMetadataBuilder, TreeQueries
-from vllm_medusa.attention.selection import overridden
+from vllm_medusa.compat.backends import overridden
 
 READABLE_ISAS = ("vec", "vec16")
 """Instruction sets whose cache layout we read: keys ``[head_dim, block_size]`` in each block, values ``[block_size,

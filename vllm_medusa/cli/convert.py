@@ -11,7 +11,7 @@ import typer
 from vllm_medusa.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from vllm_medusa.model.conversion import Conversion
+    from vllm_medusa.checkpoint.conversion import Conversion
 
 
 def convert(
@@ -31,9 +31,9 @@ def convert(
     A Medusa-2 checkpoint, heads within a whole model, becomes OUTPUT/heads and OUTPUT/target.
     """
     with one_line_errors():
-        from vllm_medusa.model.conversion import Layout
-        from vllm_medusa.model.conversion import convert as convert_checkpoint
-        from vllm_medusa.model.hub import local_directory
+        from vllm_medusa.checkpoint.conversion import Layout
+        from vllm_medusa.checkpoint.conversion import convert as convert_checkpoint
+        from vllm_medusa.checkpoint.hub import local_directory
 
         done = convert_checkpoint(
             local_directory(source),

@@ -12,9 +12,9 @@ import typer
 
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.cli.options import with_options_of
-from vllm_medusa.training.dialogue import PromptStyle, Target
-from vllm_medusa.training.distill import DistillConfig
-from vllm_medusa.training.record_files import BadLineCounter, BadLines
+from vllm_medusa.data.record_files import BadLineCounter, BadLines
+from vllm_medusa.distillation.dialogue import PromptStyle, Target
+from vllm_medusa.distillation.run import DistillConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,20 +51,20 @@ def distill(
     that was interrupted goes on after its last finished file when the same command is given again.
     """
     with one_line_errors():
-        from vllm_medusa.training.distill import distill as run_distillation
-        from vllm_medusa.training.validation import validated
+        from vllm_medusa.data.validation import validated
+        from vllm_medusa.distillation.run import distill as run_distillation
 
         config = validated(DistillConfig, settings)
         target: Target
         if url is not None:
-            from vllm_medusa.training.served_target import ServedTarget
+            from vllm_medusa.distillation.served_target import ServedTarget
 
             target = ServedTarget(url, config.model, concurrency)
             style = PromptStyle.CHAT
         else:
             options = _engine_options(engine_args)
 
-            from vllm_medusa.training.offline_target import OfflineTarget
+            from vllm_medusa.distillation.offline_target import OfflineTarget
 
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # Its log would tear the progress bar apart.
             tokenizer = _load_tokenizer(config.model, options)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from vllm_medusa.cli.errors import one_line_errors
-from vllm_medusa.training.dialogue import PromptStyle
-from vllm_medusa.training.record_files import BadLines
+from vllm_medusa.data.record_files import BadLines
+from vllm_medusa.distillation.dialogue import PromptStyle
 
 
 def evaluate(
@@ -47,11 +47,11 @@ def evaluate(
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from vllm_medusa.model.hub import local_directory
-        from vllm_medusa.training.calibration import Calibration, write_calibration
-        from vllm_medusa.training.evaluation import evaluate_heads, load_heads
-        from vllm_medusa.training.evaluation_report import TREE_SIZES, draw, print_tables, write_results
-        from vllm_medusa.training.evaluation_text import Sources, held_out_samples
+        from vllm_medusa.checkpoint.hub import local_directory
+        from vllm_medusa.evaluation.calibration import Calibration, write_calibration
+        from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
+        from vllm_medusa.evaluation.report import TREE_SIZES, draw, print_tables, write_results
+        from vllm_medusa.evaluation.text import Sources, held_out_samples
         from vllm_medusa.tree.static import MAX_NODES, available_nodes
 
         logging.set_verbosity_error()

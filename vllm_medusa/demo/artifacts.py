@@ -16,20 +16,20 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_medusa.demo.blocks import pack_blocks
-from vllm_medusa.demo.corpus import Corpus, load_corpus
-from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
-from vllm_medusa.demo.target import TargetConfig, train_target
-from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
-from vllm_medusa.files import replaced_directory
-from vllm_medusa.model.checkpoint import (
+from vllm_medusa.checkpoint.format import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_spec,
     read_state,
     write_heads,
 )
-from vllm_medusa.training.continuation import continue_prompts
+from vllm_medusa.demo.blocks import pack_blocks
+from vllm_medusa.demo.corpus import Corpus, load_corpus
+from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
+from vllm_medusa.demo.target import TargetConfig, train_target
+from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
+from vllm_medusa.distillation.continuation import continue_prompts
+from vllm_medusa.files import replaced_directory
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_medusa.model.checkpoint import HeadsSpec
+from vllm_medusa.checkpoint.format import HeadsSpec
 
 TOLERANCE = 1e-4
 

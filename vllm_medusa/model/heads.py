@@ -13,8 +13,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
-from vllm_medusa.model.config import MedusaHeadsConfig
-from vllm_medusa.model.published import HeadTensor
+from vllm_medusa.checkpoint.config import MedusaHeadsConfig
+from vllm_medusa.checkpoint.published import HeadTensor
 
 
 class ResidualBlock(nn.Module):

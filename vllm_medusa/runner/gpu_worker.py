@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.worker.gpu_worker import Worker
 
 if TYPE_CHECKING:
-    from vllm_medusa.runner.v2 import MedusaModelRunner
+    from vllm_medusa.runner.v2.model_runner import MedusaModelRunner
 
 
 class MedusaGPUWorker(Worker):
@@ -25,6 +25,6 @@ class MedusaGPUWorker(Worker):
                 "speculative_config: method 'medusa' runs on vLLM's V2 model runner on GPUs, but this engine uses V1; "
                 "unset VLLM_USE_V2_MODEL_RUNNER and drop what V2 does not support (vLLM's log names it)"
             )
-        from vllm_medusa.runner.v2 import MedusaModelRunner
+        from vllm_medusa.runner.v2.model_runner import MedusaModelRunner
 
         return MedusaModelRunner(self.vllm_config, self.device)

@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_medusa.training.record_files import BadLines
-from vllm_medusa.training.validation import validated
+from vllm_medusa.data.record_files import BadLines
+from vllm_medusa.data.validation import validated
 
 
 class Recipe(BaseModel):

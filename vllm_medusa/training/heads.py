@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from vllm_medusa.model.checkpoint import HeadsSpec
+from vllm_medusa.checkpoint.format import HeadsSpec
 
 
 class ResidualBlock(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vllm_medusa.model.checkpoint import HeadsSpec
+from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, Recipe
 from vllm_medusa.training.heads import MedusaHeads

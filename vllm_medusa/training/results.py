@@ -15,10 +15,10 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
+from vllm_medusa.checkpoint.conversion import HEADS_DIRECTORY, TARGET_DIRECTORY
+from vllm_medusa.checkpoint.format import write_heads
+from vllm_medusa.checkpoint.published import BASE_MODEL
 from vllm_medusa.files import replaced_directory, replaced_file
-from vllm_medusa.model.checkpoint import write_heads
-from vllm_medusa.model.conversion import HEADS_DIRECTORY, TARGET_DIRECTORY
-from vllm_medusa.model.published import BASE_MODEL
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.disk import disk_errors
@@ -26,7 +26,7 @@ from vllm_medusa.training.load import load_plain_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2
 from vllm_medusa.training.trainer import is_of_heads
-from vllm_medusa.training.versions import installed_versions
+from vllm_medusa.versions import installed_versions
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "results.json"

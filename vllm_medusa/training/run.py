@@ -11,8 +11,8 @@ import datasets
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from vllm_medusa.data.dataset import load_blocks
 from vllm_medusa.training.config import TrainConfig
-from vllm_medusa.training.dataset import load_blocks
 from vllm_medusa.training.hidden import lm_head_of
 from vllm_medusa.training.load import load_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1

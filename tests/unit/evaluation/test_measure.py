@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
+from tests.unit.published import write_original
+from vllm_medusa.data.packing import Sample
+from vllm_medusa.demo.tokenizer import EOS_ID
+from vllm_medusa.distillation.continuation import continue_prompts
+from vllm_medusa.evaluation.measure import Evaluation, evaluate_heads, load_heads
+from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.losses import IGNORED
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    write_target(directory / "target")
+    write_random_heads(directory / "heads")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def target(models: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(models / "target").eval()
+
+
+@pytest.fixture(scope="module")
+def heads(models: Path, target: LlamaForCausalLM) -> MedusaHeads:
+    return load_heads(models / "heads", models / "target", target)
+
+
+def random_samples(count: int = 5) -> list[Sample]:
+    """Texts of several lengths, the first tokens of each a prompt without labels."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(2, VOCAB, (6 + 5 * n,), generator=generator).tolist() for n in range(count)]
+    return [Sample(text, [IGNORED] * 3 + text[3:]) for text in texts]
+
+
+def brute_force(target: LlamaForCausalLM, heads: MedusaHeads, samples: list[Sample]) -> Evaluation:
+    """Head k at position t is right at rank r if its token of that rank is the label at t + 1 + k."""
+    hits = [[0] * RANKS for _ in range(HEADS)]
+    positions = [0] * HEADS
+    with torch.no_grad():
+        for sample in samples:
+            hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
+            for k in range(1, HEADS + 1):
+                for t in range(len(sample) - 1 - k):
+                    if (label := sample.labels[t + 1 + k]) != IGNORED:
+                        positions[k - 1] += 1
+                        best = heads.logits(k - 1, hidden[t]).topk(RANKS).indices.tolist()
+                        for rank in range(RANKS):
+                            hits[k - 1][rank] += best[rank] == label
+    return Evaluation([[hit / n for hit in row] for row, n in zip(hits, positions, strict=True)], positions)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_accuracies_are_shares_of_the_positions_that_have_a_label(
+    target: LlamaForCausalLM, heads: MedusaHeads, batch_size: int
+) -> None:
+    samples = random_samples()
+    for sample in samples:
+        with torch.no_grad():
+            hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
+        for rank in range(RANKS):  # Nothing is right by chance: the last tokens are what head 1 takes for them.
+            sample.labels[-rank - 1] = heads.logits(0, hidden[-rank - 3]).topk(RANKS).indices[rank].item()
+    found = evaluate_heads(target, heads, samples, RANKS, batch_size, show_progress=False)
+    expected = brute_force(target, heads, samples)
+    assert found.positions == expected.positions
+    torch.testing.assert_close(torch.tensor(found.accuracies), torch.tensor(expected.accuracies))
+    assert all(accuracy > 0 for accuracy in found.accuracies[0])
+
+
+def test_top_k_accuracies_add_up_the_ranks() -> None:
+    assert Evaluation([[0.5, 0.25, 0.125]], [8]).top_k == [[0.5, 0.75, 0.875]]
+
+
+def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: MedusaHeads) -> None:
+    text = [5, 6, 7, 8]
+    with pytest.raises(ValueError, match="head 3 has nothing to foretell in 1 texts: it looks 4 tokens ahead"):
+        evaluate_heads(target, heads, [Sample(text, text)], show_progress=False)
+
+
+def test_heads_are_measured_in_the_targets_dtype_as_they_are_served(tmp_path: Path) -> None:
+    write_target(tmp_path / "target", torch.bfloat16)
+    write_random_heads(tmp_path / "heads")
+    target = LlamaForCausalLM.from_pretrained(tmp_path / "target", dtype="auto")
+    heads = load_heads(tmp_path / "heads", tmp_path / "target", target)
+    assert {parameter.dtype for parameter in heads.parameters()} == {torch.bfloat16}
+
+
+def test_heads_that_are_not_the_targets_are_refused(models: Path, target: LlamaForCausalLM, tmp_path: Path) -> None:
+    write_random_heads(tmp_path / "heads", vocab_size=VOCAB + 1)
+    with pytest.raises(ValueError, match=r"the heads have vocab_size 301, the target .* has 300"):
+        load_heads(tmp_path / "heads", models / "target", target)
+    write_original(tmp_path / "original")
+    with pytest.raises(ValueError, match=r"original: the heads' config lacks .* with vllm-medusa convert"):
+        load_heads(tmp_path / "original", models / "target", target)
+
+
+def test_continuations_are_the_targets_own_whatever_batch_they_are_written_in(target: LlamaForCausalLM) -> None:
+    prompts = [[0, 40], [0, 50, 60, 70, 80], [0], [0, 90, 91]]
+    samples = continue_prompts(target, prompts, 12, batch_size=3, show_progress=False)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        ids = torch.tensor([prompt])
+        alone = target.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert sample.input_ids == alone[0].tolist()
+        assert sample.labels == [IGNORED] * len(prompt) + sample.input_ids[len(prompt) :]
+
+
+def test_a_continuation_ends_with_its_end_of_sequence_token(
+    target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[0, 40], [0, 50, 60]]
+    plain = continue_prompts(target, prompts, 12, show_progress=False)[0].input_ids
+    end = plain.index(plain[5], len(prompts[0]))
+    monkeypatch.setattr(target.generation_config, "eos_token_id", [EOS_ID, plain[5]])
+    assert continue_prompts(target, prompts, 12, show_progress=False)[0].input_ids == plain[: end + 1]
+    longer = continue_prompts(target, prompts, 12, show_progress=False, min_new_tokens=12)
+    assert [len(sample) for sample in longer] == [len(prompt) + 12 for prompt in prompts]

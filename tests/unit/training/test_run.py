@@ -1,0 +1,148 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.unit.tiny_targets import VOCABULARY, build, counting
+from vllm_medusa.checkpoint.conversion import Layout, convert
+from vllm_medusa.checkpoint.format import read_spec, read_state
+from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
+from vllm_medusa.training.run import run_training
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Texts that count up: ``n3 n4 n5 ...``."""
+    file = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    texts = [" ".join(f"n{token}" for token in row) for row in counting(48, 0, 40).tolist()]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    """A model whose LM head is the embedding."""
+    directory = tmp_path_factory.mktemp("target")
+    build("qwen3").save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"n{token}": token for token in range(VOCABULARY)}, unk_token="n0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="n2").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def settings(target, data, tmp_path) -> dict[str, object]:
+    shape = {"num_heads": 2, "block_length": 24, "batch_size": 8, "warmup_steps": 1, "steps": 6, "save_steps": 3}
+    files = {"target": str(target), "data": (data,), "output": tmp_path / "out"}
+    return {**files, **shape, "learning_rate": 1e-2, "lora_rank": 2}
+
+
+def medusa1(settings: dict[str, object], **changes: object) -> TrainConfig:
+    return TrainConfig(**(settings | {"lora_rank": 32} | changes))
+
+
+def medusa2(settings: dict[str, object], **changes: object) -> TrainConfig:
+    return TrainConfig(**(settings | {"method": "medusa2"} | changes))
+
+
+def run(config: TrainConfig):
+    result = run_training(config, ["vllm-medusa", "train"], show_progress=False)
+    assert result is not None
+    return result
+
+
+def test_medusa_1_writes_heads_and_how_they_came_about(settings):
+    config = medusa1(settings)
+    result = run(config)
+    assert read_spec(result.heads).num_heads == 2
+    assert read_state(result.heads)
+    assert result.target is None
+    written = yaml.safe_load((config.output / "run.yaml").read_text())
+    assert TrainConfig(**written["config"]) == config
+    assert written["command"] == ["vllm-medusa", "train"]
+    figures = json.loads((config.output / "results.json").read_text())
+    assert figures["after"]["accuracies"] == result.after.accuracies
+    heads_config = json.loads((result.heads / "config.json").read_text())
+    assert heads_config["medusa_accuracies"] == result.after.accuracies
+    assert heads_config["base_model_name_or_path"] == config.target
+
+
+def test_heads_of_either_method_can_be_converted_without_saying_whose_they_are(settings, tmp_path):
+    for config in (medusa1(settings), medusa2(settings, resume="never")):
+        result = run(config)
+        output = tmp_path / config.method
+        convert(result.heads, output, Layout.ORIGINAL)
+        named = json.loads((output / "config.json").read_text())["base_model_name_or_path"]
+        assert named == str(result.target or config.target)
+
+
+def test_heads_are_written_in_the_targets_dtype_and_shared_ones_with_their_lm_head(settings, target):
+    result = run(medusa1(settings, dtype="bfloat16", shared_lm_head=True))
+    state = read_state(result.heads)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    lm_head = lm_head_of(AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)).weight
+    assert torch.equal(state["lm_heads.0.weight"], lm_head)
+
+
+@pytest.mark.parametrize("changes", [{}, {"distill": True}, {"target_training": "full"}])
+def test_medusa_2_writes_a_target_that_predicts_as_it_was_trained_to(settings, data, changes):
+    result = run(medusa2(settings, dtype="float32", held_out=(data,), **changes))
+    assert result.before is not None
+    assert result.target is not None
+    target = AutoModelForCausalLM.from_pretrained(result.target)
+    tokenizer = AutoTokenizer.from_pretrained(result.target)
+    heads = MedusaHeads(read_spec(result.heads), torch.zeros(VOCABULARY, 32))
+    heads.load_state_dict(read_state(result.heads))
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    tokens = torch.tensor(tokenizer(texts)["input_ids"])[:, :24]
+    with torch.no_grad():
+        lm_loss = target(input_ids=tokens, labels=tokens).loss.item()
+        head = heads.logits(0, final_hidden_states(target, tokens)).argmax(-1)[:, :-2]
+    # Blocks are pieces of 24 tokens of these texts; the figures are over their beginnings and their ends.
+    assert lm_loss == pytest.approx(result.after.lm_loss, abs=0.1)
+    assert (head == tokens[:, 2:]).float().mean().item() == pytest.approx(result.after.top1[0], abs=0.15)
+
+
+def test_a_finished_run_that_is_started_again_gives_the_same(settings):
+    first = run(medusa1(settings))
+    state = read_state(first.heads)
+    again = run(medusa1(settings, save_limit=1, logging_steps=1))
+    assert again.after == first.after
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read_state(again.heads).items())
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(settings):
+    run(medusa1(settings))
+    with pytest.raises(ValueError, match=r"holds the checkpoints of a run with learning_rate 0\.01, got 0\.02; give"):
+        run(medusa1(settings, learning_rate=0.02))
+    assert run(medusa1(settings, learning_rate=0.02, resume="never")).steps == 6
+
+
+def test_the_table_tells_before_from_after(settings):
+    console = Console(record=True, width=100)
+    result = run(medusa2(settings))
+    result.print(console)
+    text = console.export_text()
+    assert f"{result.before.lm_loss:.4f}" in text
+    assert f"{result.after.lm_loss:.4f}" in text
+    assert "head 2, top-1 accuracy" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_length": 4096}, r"data gives 1 blocks of 4096 tokens \(block_length\), and 2 are needed"),
+        ({"target": "/nowhere"}, "target '/nowhere' has no tokenizer"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(medusa1(settings, **changes))
+    assert not Path(str(settings["output"])).exists()

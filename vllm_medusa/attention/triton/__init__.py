@@ -1,0 +1,1 @@
+"""Tree attention for GPUs: backends, launches and kernels."""

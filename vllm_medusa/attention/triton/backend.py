@@ -1,0 +1,275 @@
+"""Tree attention for GPUs: vLLM's own backends, with a kernel of ours for requests that verify a draft."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+from vllm_medusa.attention.metadata import TreeMetadataBuilder, TreeRows
+from vllm_medusa.attention.triton.ops import CAUSAL, AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.compat.backends import overridden
+from vllm_medusa.tree.topology import WORD_BITS
+
+
+def tree_attention_selected() -> AbstractContextManager[None]:
+    """Make layers that are constructed in this context use the tree form of the backend that vLLM selects."""
+    return overridden(
+        {
+            AttentionBackendEnum.FLASH_ATTN: TreeFlashAttentionBackend,
+            AttentionBackendEnum.TRITON_ATTN: TreeTritonAttentionBackend,
+        }
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TreeAttentionMetadata:
+    """A step of two parts: its first tokens belong to requests that verify a draft, the others do not.
+
+    Attributes:
+        step: which keys the first tokens see.
+        num_tokens: how many these are.
+        workspace: what the kernel writes in between.
+        native: vLLM's metadata for the other tokens; None if there are none.
+
+    """
+
+    step: AttentionStep
+    num_tokens: int
+    workspace: Workspace
+    native: Any | None
+
+
+class TreeBuilderMixin(TreeMetadataBuilder):
+    """Splits a step between our kernel and the native backend.
+
+    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host. The masks
+    lie in buffers that stay where they are: a CUDA graph of uniform decodes, which is all ours, reads them in replay.
+    """
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        scheduler, self._max_rows = vllm_config.scheduler_config, vllm_config.num_speculative_tokens + 1
+        tokens, words = scheduler.max_num_batched_tokens, -(-self._max_rows // WORD_BITS)
+        self._ancestors = torch.full((tokens, words), CAUSAL, dtype=torch.int64, device=device)
+        self._depth = torch.zeros(tokens, dtype=torch.int64, device=device)
+        # Any other device is Triton's interpreter, which runs one program after the other.
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._workspace = Workspace.allocate(kv_cache_spec.head_size, scheduler.max_num_seqs, processors, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
+        """Whole graphs for uniform decodes; steps that the native backend has a part in are captured piecewise."""
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TreeAttentionMetadata:
+        """Build for the capture of a step in which every request has as many rows as the whole tree."""
+        common = common_attn_metadata
+        return self._ours(common, common.num_reqs, common.num_actual_tokens, self._max_rows, native=None)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        """Build vLLM's own metadata, or in a step that verifies drafts ours, around it where both have a part."""
+        rows, common = self.rows, common_attn_metadata
+        if rows is None or not rows.layout.drafting_requests:
+            return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
+        self._mask(common.num_actual_tokens, rows)
+        requests = rows.layout.drafting_requests
+        start = common.query_start_loc_cpu.numpy()
+        tokens, total = int(start[requests]), int(start[common.num_reqs])
+        native = None
+        if tokens < total:
+            native = super().build(0, _behind(common, requests, tokens), fast_build)  # type: ignore[misc]
+        return self._ours(common, requests, tokens, int(np.diff(start[: requests + 1]).max()), native)
+
+    def _mask(self, num_tokens: int, rows: TreeRows) -> None:
+        self._ancestors[:num_tokens, 0].fill_(CAUSAL)
+        self._ancestors.index_copy_(0, rows.token, rows.layout.words)
+        self._depth.index_copy_(0, rows.token, rows.layout.depth)
+
+    def _ours(
+        self, common: CommonAttentionMetadata, requests: int, tokens: int, max_rows: int, native: Any | None
+    ) -> TreeAttentionMetadata:
+        step = AttentionStep(
+            query_start=common.query_start_loc[: requests + 1],
+            seq_lens=common.seq_lens[:requests],
+            block_table=common.block_table_tensor[:requests],
+            ancestors=self._ancestors[:tokens],
+            depth=self._depth[:tokens],
+            max_rows=max_rows,
+        )
+        return TreeAttentionMetadata(step, tokens, self._workspace, native)
+
+
+class TreeImplMixin:
+    """Attends with our kernel where a step verifies drafts, natively elsewhere.
+
+    Raises:
+        ValueError: the layer needs what the kernel has not.
+
+    """
+
+    alibi_slopes: torch.Tensor | None
+    attn_type: str
+    head_size: int
+    kv_cache_dtype: str
+    logits_soft_cap: float | None
+    scale: float
+    sinks: torch.Tensor | None
+    sliding_window: tuple[int, int]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_quant_query_input = False  # Our kernel takes queries as they are, whatever the cache holds.
+        unsupported = {
+            "ALiBi": self.alibi_slopes is not None,
+            "chunked local attention": getattr(self, "chunk_lookback", -1) >= 0,
+            "attention other than a decoder's": self.attn_type != AttentionType.DECODER,
+        }
+        for what, used in unsupported.items():
+            if used:
+                raise ValueError(
+                    f"medusa_tree: a branching tree cannot be verified with {what} on this device; "
+                    'give medusa_tree "chain"'
+                )
+        self._options: LayerOptions | None = None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Our kernel writes what it computes, unquantised."""
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,  # [tokens, heads, head_dim]
+        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        kv_cache: torch.Tensor,  # [blocks, kv_heads, block_size, 2 * head_dim]
+        attn_metadata: Any,
+        output: torch.Tensor,  # [tokens, heads, head_dim]
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend as the native implementation does, under the step's tree masks."""
+        native, own = super().forward, attn_metadata  # type: ignore[misc]
+        if not isinstance(own, TreeAttentionMetadata):
+            return native(layer, query, key, value, kv_cache, own, output, output_scale, output_block_scale)
+        first = own.num_tokens
+        if own.native is not None:
+            native(layer, query[first:], key[first:], value[first:], kv_cache, own.native, output[first:])
+        key_cache, value_cache = self._caches(kv_cache)
+        if self._options is None:
+            self._options = self._layer_options(layer)
+        tree_attention(query[:first], key_cache, value_cache, output[:first], own.step, self._options, own.workspace)
+        return output
+
+    def _caches(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """View a cache as keys and values, ``[blocks, block_size, kv_heads, head_dim]`` each."""
+        if self.kv_cache_dtype.startswith("fp8"):
+            kv_cache = kv_cache.view(torch.float8_e5m2 if self.kv_cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn)
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        return key_cache, value_cache
+
+    def _layer_options(self, layer: Any) -> LayerOptions:
+        is_quantised = self.kv_cache_dtype.startswith("fp8")
+        behind, _ = self.sliding_window
+        return LayerOptions(
+            scale=self.scale,
+            soft_cap=self.logits_soft_cap or None,
+            window=behind + 1 if behind >= 0 else None,
+            sinks=self.sinks,
+            key_scale=layer._k_scale if is_quantised else None,
+            value_scale=layer._v_scale if is_quantised else None,
+        )
+
+
+class TreeFlashAttentionMetadataBuilder(TreeBuilderMixin, TreeMetadataBuilder, FlashAttentionMetadataBuilder):
+    """FlashAttention's builder with tree masks."""
+
+
+class TreeFlashAttentionImpl(TreeImplMixin, FlashAttentionImpl):
+    """FlashAttention for prompts and plain decodes."""
+
+
+class TreeFlashAttentionBackend(FlashAttentionBackend):
+    """FlashAttention with tree masks; it keeps the name, by which vLLM knows its layouts and limits."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeFlashAttentionImpl]:
+        """Return the implementation."""
+        return TreeFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeFlashAttentionMetadataBuilder]:
+        """Return the metadata builder."""
+        return TreeFlashAttentionMetadataBuilder
+
+
+class TreeTritonAttentionMetadataBuilder(TreeBuilderMixin, TreeMetadataBuilder, TritonAttentionMetadataBuilder):
+    """The builder of vLLM's Triton backend with tree masks."""
+
+
+class TreeTritonAttentionImpl(TreeImplMixin, TritonAttentionImpl):
+    """vLLM's Triton attention for prompts and plain decodes."""
+
+
+class TreeTritonAttentionBackend(TritonAttentionBackend):
+    """vLLM's Triton backend with tree masks; it keeps the name, by which vLLM knows its layouts and limits."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TreeTritonAttentionImpl]:
+        """Return the implementation."""
+        return TreeTritonAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TreeTritonAttentionMetadataBuilder]:
+        """Return the metadata builder."""
+        return TreeTritonAttentionMetadataBuilder
+
+
+def _behind(common: CommonAttentionMetadata, requests: int, tokens: int) -> CommonAttentionMetadata:
+    """Return the metadata of a step without its first requests, which have its first tokens."""
+    start_cpu = common.query_start_loc_cpu[requests:] - tokens
+    optional = {
+        name: value[requests:] if (value := getattr(common, name)) is not None else None
+        for name in ("is_prefilling", "seq_lens_cpu_upper_bound", "rswa_prefix_lens", "req_idx")
+    }
+    ranges = common.mm_req_doc_ranges
+    return replace(
+        common,
+        query_start_loc=common.query_start_loc[requests:] - tokens,
+        query_start_loc_cpu=start_cpu,
+        seq_lens=common.seq_lens[requests:],
+        num_reqs=common.num_reqs - requests,
+        num_actual_tokens=common.num_actual_tokens - tokens,
+        max_query_len=int(np.diff(start_cpu.numpy()).max()),
+        block_table_tensor=common.block_table_tensor[requests:],
+        slot_mapping=common.slot_mapping[tokens:],
+        positions=common.positions[tokens:] if common.positions is not None else None,
+        mm_req_doc_ranges={index - requests: each for index, each in ranges.items() if index >= requests}
+        if ranges is not None
+        else None,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+        **optional,
+    )

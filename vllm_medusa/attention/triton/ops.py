@@ -1,0 +1,275 @@
+"""Tree attention for GPUs: one call attends for a mixed batch of draft trees, chains and prefill chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from triton import cdiv, next_power_of_2
+
+from vllm_medusa.attention.triton.kernels import attend_kernel, merge_kernel
+
+CAUSAL = -1
+"""First ancestor word of a row that sees every slot up to its own; a tree's words have no sign bit."""
+
+MIN_DOT = 16
+"""The smallest side of a matrix that Triton multiplies."""
+
+WARPGROUP_ROWS = 64
+"""From this many rows on, Hopper multiplies from shared memory, which then holds more per stage."""
+
+MAX_BLOCK_ROWS = 128
+MAX_TILE = 64
+MAX_SPLITS = 32
+PROGRAMS_PER_PROCESSOR = 2
+TILE_BYTES = 1 << 15
+"""Shared memory for one stage of keys and values, and for the queries: three stages leave room for two programs."""
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionStep:
+    """Which keys the tokens of one step see; the same for every layer of a KV cache group.
+
+    A request's rows follow one another. In a request of r rows and context ``c = seq_len - r``, row i has slot c + i,
+    its key written already. All rows of a request are causal, or all are a tree's. Tokens past ``query_start[-1]``, and
+    requests without rows, are padding, for which nothing is written.
+
+    Attributes:
+        query_start: ``[requests + 1]``, int32: each request's first row among the tokens.
+        seq_lens: ``[requests]``, int32: context and rows.
+        block_table: ``[requests, blocks]``, int32.
+        ancestors: ``[tokens, words]``, int64, contiguous: ``DraftTree.bitmasks`` of a tree's rows, ``CAUSAL`` in the
+            first word of all others.
+        depth: ``[tokens]``, int32 or int64, contiguous: a tree row's position is ``c + depth``; unused for causal rows.
+        max_rows: at least the rows of the request with most, known on the host.
+
+    """
+
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    ancestors: torch.Tensor
+    depth: torch.Tensor
+    max_rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOptions:
+    """How a layer attends.
+
+    Attributes:
+        scale: the scores' factor.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
+        window: a row sees only keys fewer than this many positions before its own.
+        sinks: ``[heads]``: score of a further key, seen by every row, whose value is zero.
+        key_scale: scalar, float32: what a quantised cache's keys are to be multiplied by.
+        value_scale: scalar, float32: the same for its values.
+
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    window: int | None = None
+    sinks: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """What the kernels write between them, allocated once for all layers and steps.
+
+    Attributes:
+        partial: ``[stretches, head_dim]``, float32.
+        log_total: ``[stretches]``, float32.
+        programs: how many programs keep the device busy.
+        max_requests: the most requests a step may have, padding included.
+
+    """
+
+    partial: torch.Tensor
+    log_total: torch.Tensor
+    programs: int
+    max_requests: int
+
+    @classmethod
+    def allocate(cls, head_dim: int, max_requests: int, processors: int, device: torch.device) -> Workspace:
+        """Allocate for steps of any size on a device of that many multiprocessors."""
+        programs = PROGRAMS_PER_PROCESSOR * processors
+        stretches = programs * MAX_BLOCK_ROWS
+        return cls(
+            partial=torch.empty(stretches, head_dim, dtype=torch.float32, device=device),
+            log_total=torch.empty(stretches, dtype=torch.float32, device=device),
+            programs=programs,
+            max_requests=max_requests,
+        )
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel's work is cut; sizes are powers of two.
+
+    Attributes:
+        block_rows: rows times query heads per KV head that a program attends from.
+        tile: slots that it takes in at once.
+        splits: into how many stretches a request's slots are cut.
+        warps: per program.
+        stages: of the pipeline that loads block numbers, then keys and values, then works on them.
+
+    """
+
+    block_rows: int
+    tile: int
+    splits: int
+    warps: int
+    stages: int
+
+    def num_blocks(self, tokens: int, requests: int, group: int) -> int:
+        """Bound the blocks of rows of that many tokens, however they fall to the requests."""
+        return tokens // (self.block_rows // group) + requests
+
+
+@lru_cache
+def choose_tiling(
+    tokens: int,
+    requests: int,
+    max_rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    query_bytes: int,
+    cache_bytes: int,
+    programs: int,
+) -> Tiling:
+    """Choose the tiling for a step's shape, which is all that it depends on: a CUDA graph may hold the launch.
+
+    Args:
+        tokens: the step's, padding included.
+        requests: the step's, padding included.
+        max_rows: of one request.
+        heads: query heads.
+        kv_heads: KV heads.
+        head_dim: numbers per head.
+        query_bytes: per number.
+        cache_bytes: per number.
+        programs: how many keep the device busy; slots are split until there are about as many.
+
+    """
+    group, row_bytes = heads // kv_heads, next_power_of_2(head_dim) * query_bytes
+    # Without tensor cores, products of float32 have to fit into registers.
+    most_rows = MIN_DOT if query_bytes == FLOAT32_BYTES else min(MAX_BLOCK_ROWS, TILE_BYTES // row_bytes)
+    block_rows = max(min(next_power_of_2(max_rows * group), most_rows), next_power_of_2(group), MIN_DOT)
+    block_queries = block_rows // group
+    blocks = min(tokens // block_queries + requests, requests * cdiv(max_rows, block_queries))
+    tile = TILE_BYTES // (2 * next_power_of_2(head_dim) * cache_bytes)
+    return Tiling(
+        block_rows=block_rows,
+        tile=min(max(tile, MIN_DOT), MAX_TILE),
+        splits=min(max(programs // (blocks * kv_heads), 1), MAX_SPLITS),
+        warps=8 if block_rows * row_bytes > TILE_BYTES // 2 else 4,
+        stages=5 if block_rows < WARPGROUP_ROWS else 3,
+    )
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    output: torch.Tensor,
+    step: AttentionStep,
+    options: LayerOptions,
+    workspace: Workspace,
+    tiling: Tiling | None = None,
+) -> None:
+    """Attend from each of a step's rows to the keys that it sees, in one launch or, with splits, two.
+
+    Scores and sums are float32; products are taken in the query's dtype. Nothing waits for the device.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``, float32, float16 or bfloat16; the last stride is 1, as in all below.
+        key_cache: ``[blocks, block_size, kv_heads, head_dim]``, of the query's dtype or an eight-bit float.
+        value_cache: the same.
+        output: ``[tokens, heads, head_dim]``, written in place.
+        step: which keys each token sees.
+        options: how the layer attends.
+        workspace: of the layer's head_dim.
+        tiling: ``choose_tiling``'s by default.
+
+    Raises:
+        ValueError: the step has more requests than the workspace was allocated for.
+
+    """
+    (tokens, heads, head_dim), (requests,) = query.shape, step.seq_lens.shape
+    _, block_size, kv_heads, _ = key_cache.shape
+    if requests > workspace.max_requests:
+        raise ValueError(f"the step has {requests} requests, its workspace allows {workspace.max_requests}")
+    if tiling is None:
+        tiling = choose_tiling(
+            tokens,
+            requests,
+            step.max_rows,
+            heads,
+            kv_heads,
+            head_dim,
+            query.element_size(),
+            key_cache.element_size(),
+            workspace.programs,
+        )
+    attend_kernel[(tiling.num_blocks(tokens, requests, heads // kv_heads), kv_heads, tiling.splits)](
+        query,
+        key_cache,
+        value_cache,
+        output,
+        workspace.partial,
+        workspace.log_total,
+        step.query_start,
+        step.seq_lens,
+        step.block_table,
+        step.ancestors,
+        step.depth,
+        options.sinks,
+        options.key_scale,
+        options.value_scale,
+        options.scale,
+        options.soft_cap or 0.0,
+        requests,
+        tiling.splits,
+        query.stride(0),
+        query.stride(1),
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        output.stride(0),
+        output.stride(1),
+        step.block_table.stride(0),
+        head_dim=head_dim,
+        padded_dim=max(next_power_of_2(head_dim), MIN_DOT),
+        group=heads // kv_heads,
+        block_size=block_size,
+        words=step.ancestors.shape[1],
+        window=options.window or 0,
+        capped=options.soft_cap is not None,
+        is_split=tiling.splits > 1,
+        padded_requests=next_power_of_2(workspace.max_requests),
+        block_rows=tiling.block_rows,
+        tile=tiling.tile,
+        stages=tiling.stages,
+        num_warps=tiling.warps,
+    )
+    if tiling.splits > 1:
+        merge_kernel[(tokens, heads)](
+            workspace.partial,
+            workspace.log_total,
+            output,
+            step.query_start,
+            requests,
+            tiling.splits,
+            output.stride(0),
+            output.stride(1),
+            head_dim=head_dim,
+            padded_dim=next_power_of_2(head_dim),
+            padded_splits=next_power_of_2(tiling.splits),
+            num_warps=1,
+        )

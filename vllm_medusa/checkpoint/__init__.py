@@ -1,0 +1,1 @@
+"""The heads' checkpoint: format, published layouts, conversion."""

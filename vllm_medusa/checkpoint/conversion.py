@@ -1,0 +1,179 @@
+"""Conversion of heads' checkpoints between the layouts in which they are published and the served one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec, write_heads
+from vllm_medusa.checkpoint.published import (
+    BASE_MODEL,
+    HeadNames,
+    HeadTensor,
+    PublishedHeads,
+    read_published,
+    write_original,
+)
+from vllm_medusa.checkpoint.target import check_sizes, read_lm_head
+from vllm_medusa.checkpoint.weight_files import WeightFile, Weights
+from vllm_medusa.files import replaced_directory
+
+HEADS_DIRECTORY = "heads"
+TARGET_DIRECTORY = "target"
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
+
+
+class Layout(StrEnum):
+    """A layout to write.
+
+    ``SERVED`` is vLLM 0.32's; ``ORIGINAL`` is that of the original repository's ``medusa_lm_head.pt``.
+    """
+
+    SERVED = "served"
+    ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote.
+
+    Attributes:
+        heads: the heads' directory.
+        target: the directory of the model that the heads were taken out of; None if the checkpoint held heads alone.
+        spec: the heads' sizes.
+        dtype: of the heads' first layer.
+
+    """
+
+    heads: Path
+    target: Path | None
+    spec: HeadsSpec
+    dtype: torch.dtype
+
+
+def convert(
+    source: Path, output: Path, layout: Layout, target: Path | None = None, base_model: str | None = None
+) -> Conversion:
+    """Convert a checkpoint; tensors keep their values and dtypes, and entries of its config that say no sizes are kept.
+
+    A Medusa-2 checkpoint, heads within a whole model, becomes two directories, ``output/heads`` and ``output/target``,
+    shard by shard: no more than one file of the model is in memory at a time, beside the heads.
+
+    Args:
+        source: a checkpoint in any known layout (see ``vllm_medusa.checkpoint.published``).
+        output: the directory to write; it appears when all of it is there.
+        layout: the layout to write.
+        target: the model that the heads belong to: their sizes are checked against it, and heads without LM heads of
+            their own get its.
+        base_model: what the heads' config is to call their model where it does not name it; None is ``target``'s path.
+
+    Raises:
+        ValueError: the layout is not known, tensors are missing or do not fit the target, ``output`` is in use, or the
+            original layout is asked for and the heads' model has no name.
+        OSError: a file cannot be read or written.
+
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; give a directory that does not exist")
+    weights = Weights.find(source)
+    config = read_config(source)
+    whole_model = bool(HeadNames.of(weights).others)
+    with replaced_directory(output) as temporary:
+        if whole_model:
+            write_target(source, weights, config, temporary / TARGET_DIRECTORY)
+            target = temporary / TARGET_DIRECTORY if target is None else target
+            config = _heads_entries(config) | {BASE_MODEL: str(output / TARGET_DIRECTORY)}
+        elif target is not None:
+            config = {BASE_MODEL: base_model or str(target)} | config
+        heads = read_published(weights, config, None if target is None else partial(read_lm_head, target))
+        if target is not None:
+            check_sizes(heads.spec, target)
+        _write(temporary / HEADS_DIRECTORY if whole_model else temporary, heads, layout)
+    return Conversion(
+        heads=output / HEADS_DIRECTORY if whole_model else output,
+        target=output / TARGET_DIRECTORY if whole_model else None,
+        spec=heads.spec,
+        dtype=heads.state["blocks.0.layers.0.weight"].dtype,
+    )
+
+
+def write_target(source: Path, weights: Weights, config: Mapping[str, Any], directory: Path) -> None:
+    """Write the model of a Medusa-2 checkpoint without its heads, a file at a time, with its tokenizer."""
+    directory.mkdir()
+    kept = {file: [name for name in names if HeadTensor.parse(name) is None] for file, names in weights.names.items()}
+    kept = {file: names for file, names in kept.items() if names}
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, (file, names) in enumerate(kept.items(), start=1):
+        shard = f"model-{number:05}-of-{len(kept):05}.safetensors" if len(kept) > 1 else SAFE_WEIGHTS_NAME
+        total_size += _copy_tensors(file, names, directory / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    if len(kept) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        _write_json(directory / SAFE_WEIGHTS_INDEX_NAME, index)
+    _write_json(directory / CONFIG_FILE, _target_entries(config))
+    for path in source.iterdir():
+        weights_or_config = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".index.json", CONFIG_FILE))
+        if path.is_file() and not weights_or_config:
+            shutil.copy(path, directory)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return ``config.json``, empty if there is none: the tensors say all that a conversion must know.
+
+    Raises:
+        ValueError: the file is no JSON object.
+
+    """
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not an object; fetch it again")
+    return config
+
+
+def _copy_tensors(file: WeightFile, names: list[str], path: Path) -> int:
+    """Write some tensors of a file to another; return their bytes. On return none of them is in memory any more."""
+    tensors = {name: tensor.contiguous() for name, tensor in file.load(names).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write(directory: Path, heads: PublishedHeads, layout: Layout) -> None:
+    if layout is Layout.ORIGINAL:
+        write_original(directory, heads)
+    else:
+        write_heads(directory, heads.spec, heads.state, heads.extra)
+
+
+def _heads_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a Medusa-2 model's config that are its heads'."""
+    return {key: value for key, value in config.items() if key.startswith("medusa_")}
+
+
+def _target_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The other entries; the architecture is the plain one of the model's type, which needs no code of the heads'."""
+    entries = {key: value for key, value in config.items() if not key.startswith("medusa_")}
+    if plain := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", "")):
+        entries["architectures"] = [plain]
+    return entries
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

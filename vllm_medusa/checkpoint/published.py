@@ -1,0 +1,282 @@
+"""The layouts in which Medusa heads have been published, read into the served one and written back.
+
+======================  ==========================================  ====================================
+what                    original repository, TGI, LoRAX             served: vLLM 0.32
+======================  ==========================================  ====================================
+residual layer l        ``HEAD.l.linear.weight``, ``.bias``         ``blocks.HEAD.layers.l.weight``, ...
+LM head                 ``HEAD.LAYERS.weight``                      ``lm_heads.HEAD.weight``
+shared LM head          none, ``"version": "2"`` in config.json     ``lm_heads.0.weight`` alone
+======================  ==========================================  ====================================
+
+Names may start with ``medusa_head.`` or ``medusa_heads.``: in Medusa-2 checkpoints, the heads lie among a whole model's
+tensors and are told from them by that prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec
+from vllm_medusa.checkpoint.weight_files import ORIGINAL_FILE, Weights
+from vllm_medusa.files import replaced_directory
+
+PREFIX = r"(?P<prefix>medusa_heads?\.)?"
+ORIGINAL_NAME = re.compile(PREFIX + r"(?P<head>\d+)\.(?P<layer>\d+)\.(?:linear\.(?P<parameter>weight|bias)|weight)")
+SERVED_NAME = re.compile(
+    PREFIX + r"(?:blocks\.(?P<head>\d+)\.layers\.(?P<layer>\d+)\.(?P<parameter>weight|bias)"
+    r"|lm_heads\.(?P<lm_head>\d+)\.weight)"
+)
+
+SHARED_VERSION = "2"
+"""``version`` of the original layout's heads that have no LM heads of their own."""
+
+BASE_MODEL = "base_model_name_or_path"
+"""The entry of a ``config.json`` that names the heads' model."""
+
+OWN_ENTRIES = {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "version"}
+"""Entries of a ``config.json`` that describe the layout it stands in, and stay with it."""
+
+
+@dataclass(frozen=True)
+class HeadTensor:
+    """One tensor of a checkpoint, by what it is.
+
+    Attributes:
+        head: the head, from 0.
+        layer: the residual layer, from 0; for an LM head in the original layout the number of layers, else None.
+        parameter: "weight" or "bias" of a residual layer, None for an LM head.
+        prefixed: whether its stored name has the heads' prefix.
+
+    """
+
+    head: int
+    layer: int | None
+    parameter: str | None
+    prefixed: bool
+
+    @classmethod
+    def parse(cls, name: str) -> HeadTensor | None:
+        """Read a stored name in any layout; None if it is no head's tensor."""
+        if found := ORIGINAL_NAME.fullmatch(name):
+            return cls(int(found["head"]), int(found["layer"]), found["parameter"], bool(found["prefix"]))
+        if not (found := SERVED_NAME.fullmatch(name)):
+            return None
+        if found["lm_head"] is not None:
+            return cls(int(found["lm_head"]), None, None, bool(found["prefix"]))
+        return cls(int(found["head"]), int(found["layer"]), found["parameter"], bool(found["prefix"]))
+
+    @property
+    def is_lm_head(self) -> bool:
+        """Whether it maps to tokens."""
+        return self.parameter is None
+
+    @property
+    def served_name(self) -> str:
+        """Its name in the served layout."""
+        if self.is_lm_head:
+            return f"lm_heads.{self.head}.weight"
+        return f"blocks.{self.head}.layers.{self.layer}.{self.parameter}"
+
+    def original_name(self, num_layers: int) -> str:
+        """Return its name in the original layout, in a head of ``num_layers`` residual layers."""
+        if self.is_lm_head:
+            return f"{self.head}.{num_layers}.weight"
+        return f"{self.head}.{self.layer}.linear.{self.parameter}"
+
+
+@dataclass(frozen=True, eq=False)
+class PublishedHeads:
+    """Heads as they were read.
+
+    Attributes:
+        spec: their sizes.
+        state: their tensors under the served names, in the dtype in which they were stored.
+        extra: what else their ``config.json`` says, such as ``BASE_MODEL``.
+
+    """
+
+    spec: HeadsSpec
+    state: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HeadNames:
+    """The tensors of a checkpoint, told apart.
+
+    Attributes:
+        heads: the heads' tensors, under their stored names.
+        others: the names of all the others, a whole model's.
+
+    Raises:
+        ValueError: there are no heads, they are in no one layout, or there are tensors that belong neither to heads nor
+            to a model around them.
+
+    """
+
+    heads: dict[str, HeadTensor]
+    others: list[str]
+
+    @classmethod
+    def of(cls, weights: Weights) -> HeadNames:
+        """Tell the tensors of a checkpoint apart."""
+        parsed = {name: HeadTensor.parse(name) for name in weights}
+        heads = {name: tensor for name, tensor in parsed.items() if tensor is not None}
+        others = [name for name, tensor in parsed.items() if tensor is None]
+        if not heads:
+            raise ValueError(
+                f"the checkpoint is in no known layout of Medusa heads: it holds {_first(others)}; heads are named "
+                "like 0.0.linear.weight, medusa_head.0.0.linear.weight or blocks.0.layers.0.weight"
+            )
+        if others and not all(tensor.prefixed for tensor in heads.values()):
+            raise ValueError(
+                f"the checkpoint is in no known layout of Medusa heads: beside heads it holds {_first(others)}; heads "
+                "within a whole model are named like medusa_head.0.0.linear.weight"
+            )
+        return cls(heads, others)
+
+    def __post_init__(self) -> None:
+        num_layers = self.num_layers
+        if num_layers == 0:
+            raise ValueError("the heads have no residual layers; heads of at least one layer are served")
+        for name, tensor in self.heads.items():
+            if tensor.is_lm_head and tensor.layer not in (None, num_layers):
+                raise ValueError(
+                    f"{name} is in the place of an LM head after {tensor.layer} layers, but there are {num_layers}"
+                )
+        if len({tensor.served_name for tensor in self.heads.values()}) < len(self.heads):
+            raise ValueError(f"the checkpoint holds the same heads in two layouts: {_first(list(self.heads))}")
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads the names count."""
+        return 1 + max(tensor.head for tensor in self.heads.values())
+
+    @property
+    def num_layers(self) -> int:
+        """How many residual layers the names count in a head."""
+        return max((1 + (tensor.layer or 0) for tensor in self.heads.values() if not tensor.is_lm_head), default=0)
+
+
+def read_published(
+    weights: Weights, config: Mapping[str, Any], lm_head: Callable[[], torch.Tensor] | None
+) -> PublishedHeads:
+    """Read heads in any layout.
+
+    The tensors say how many heads and layers there are, since published configs do not always.
+
+    Args:
+        weights: the checkpoint's tensors; those of a model around the heads are left alone.
+        config: the checkpoint's ``config.json``.
+        lm_head: gives the target's LM head, ``[vocab_size, hidden_size]``, which heads without their own share.
+
+    Raises:
+        ValueError: the layout is not known, or tensors are missing or do not fit together.
+
+    """
+    names = HeadNames.of(weights)
+    num_heads, num_layers = names.num_heads, names.num_layers
+    if (named := config.get("medusa_num_heads", num_heads)) > num_heads:
+        raise ValueError(f"config.json names {named} heads, but the weights hold {num_heads}; fetch the weights again")
+    loaded = weights.load(names.heads)
+    state = {tensor.served_name: loaded[name] for name, tensor in names.heads.items()}
+    if "lm_heads.0.weight" not in state:
+        if lm_head is None:
+            raise ValueError("the heads have no LM heads of their own; name the model whose they share with --target")
+        state["lm_heads.0.weight"] = lm_head()
+    _drop_empty_biases(state, config)
+    spec = HeadsSpec(
+        hidden_size=len(state[next(name for name in state if name.startswith("blocks."))]),
+        vocab_size=len(state["lm_heads.0.weight"]),
+        num_heads=num_heads,
+        num_layers=num_layers,
+        fc_bias=any(name.endswith(".bias") for name in state),
+        shared_lm_head=_shares_lm_head(names, config),
+    )
+    spec.validate(state)
+    return PublishedHeads(spec, state, _extra(config, spec))
+
+
+def write_original(directory: Path, heads: PublishedHeads) -> Path:
+    """Write heads as the original repository reads them, ``medusa_lm_head.pt`` and its ``config.json``.
+
+    Layers without biases get zeros, which they would otherwise get at random; ``medusa_fc_bias`` says so. A shared LM
+    head is left out, since it is the target's.
+
+    Raises:
+        ValueError: the layers of a head differ, which the original code, with one module for all of them, cannot load,
+            or the heads do not say whose they are, and it would take them for Vicuna's.
+
+    """
+    spec = heads.spec
+    _check_one_module(heads)
+    if BASE_MODEL not in heads.extra:
+        raise ValueError("config.json does not name the heads' model, which the original code must know; give --target")
+    state: dict[str, torch.Tensor] = {}
+    for served, stored in heads.state.items():
+        tensor = HeadTensor.parse(served)
+        assert tensor is not None
+        if tensor.is_lm_head and spec.shared_lm_head:
+            continue
+        name = tensor.original_name(spec.num_layers)
+        state[name] = stored
+        if not tensor.is_lm_head and not spec.fc_bias:
+            state[name.removesuffix("weight") + "bias"] = stored.new_zeros(len(stored))
+    config = heads.extra | {"medusa_num_heads": spec.num_heads, "medusa_num_layers": spec.num_layers}
+    if spec.shared_lm_head:
+        config["version"] = SHARED_VERSION
+    if not spec.fc_bias:
+        config["medusa_fc_bias"] = False
+    with replaced_directory(directory) as temporary:
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with (temporary / ORIGINAL_FILE).open("wb") as file:
+            torch.save(state, file)
+    return directory
+
+
+def _shares_lm_head(names: HeadNames, config: Mapping[str, Any]) -> bool:
+    """Where no head has an LM head, all share the target's; in the served layout, head 0's stands for it."""
+    lm_heads = [tensor for tensor in names.heads.values() if tensor.is_lm_head]
+    if not lm_heads:
+        return True
+    only_first = len(lm_heads) == 1 and lm_heads[0].head == 0 and lm_heads[0].layer is None
+    return only_first and bool(config.get("original_lm_head", names.num_heads > 1))
+
+
+def _drop_empty_biases(state: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Undo what ``write_original`` does for layers without biases; a bias that is not zero stays, whatever is said."""
+    biases = [name for name in state if name.endswith(".bias")]
+    if config.get("medusa_fc_bias") is False and not any(bool(state[name].any()) for name in biases):
+        for name in biases:
+            del state[name]
+
+
+def _check_one_module(heads: PublishedHeads) -> None:
+    for name, tensor in heads.state.items():
+        first = re.sub(r"\.layers\.\d+\.", ".layers.0.", name)
+        if not torch.equal(tensor, heads.state[first]):
+            raise ValueError(
+                f"{first} and {name} differ, but the original code has one module for all layers of a head and would "
+                "load the last; heads of one layer can be written for it"
+            )
+
+
+def _extra(config: Mapping[str, Any], spec: HeadsSpec) -> dict[str, Any]:
+    """Keep what says neither the sizes nor the layout; vLLM takes every key with "num" and "heads" in it for a size."""
+    sizes = {*spec.to_config(), *OWN_ENTRIES}
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in sizes and not ("num" in key and ("heads" in key or "layers" in key))
+    }
+
+
+def _first(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

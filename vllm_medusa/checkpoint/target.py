@@ -1,0 +1,55 @@
+"""What a target's directory says about it, read without loading the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from vllm_medusa.checkpoint.format import HeadsSpec
+from vllm_medusa.checkpoint.weight_files import Weights
+
+
+def read_lm_head(target: Path) -> torch.Tensor:
+    """Return a model's LM head, ``[vocab_size, hidden_size]``; where it is tied to the embedding, that.
+
+    Raises:
+        ValueError: the model is no causal language model, or its weights lack the tensor.
+
+    """
+    config = _model_config(target)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{target} is no causal language model ({str(error).splitlines()[0]})") from None
+    modules = {module: name for name, module in model.named_modules()}
+    weights = Weights.find(target)
+    stored = set(weights)
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        name = f"{modules[module]}.weight"
+        if name in stored:
+            return weights.load([name])[name]
+        if not config.get_text_config().tie_word_embeddings:
+            break
+    raise ValueError(f"the weights in {target} lack {name}, the LM head that the heads share; fetch the model again")
+
+
+def check_sizes(spec: HeadsSpec, target: Path) -> None:
+    """Raise ``ValueError``, naming both numbers, if heads are not of their target's sizes."""
+    config = _model_config(target).get_text_config()
+    for name in ("hidden_size", "vocab_size"):
+        found, expected = getattr(spec, name), getattr(config, name)
+        if found != expected:
+            raise ValueError(
+                f"the heads have {name} {found}, the target in {target} has {expected}; "
+                "give the model that they were trained for"
+            )
+
+
+def _model_config(directory: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{directory} holds no model ({' '.join(str(error).split())})") from None

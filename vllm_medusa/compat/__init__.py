@@ -1,0 +1,1 @@
+"""Where the plugin touches vLLM: supported versions, names, and every patch."""

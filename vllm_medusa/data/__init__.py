@@ -1,0 +1,1 @@
+"""Records of text and conversations, as tokens."""

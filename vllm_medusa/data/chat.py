@@ -1,0 +1,97 @@
+"""Conversations as tokens, by the tokenizer's own chat template, and which of the tokens are the assistant's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError
+
+from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.records import Message, Role
+from vllm_medusa.training.losses import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What a template puts before the assistant's words; ``transformers`` looks for the same."""
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a tokenizer can render conversations.
+
+    Raises:
+        ValueError: it has no chat template.
+
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so it cannot render conversations; "
+            "give a tokenizer_config.json or chat_template.jinja with one, or records of prompt and completion"
+        )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens from which the target writes the assistant's next turn.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses the messages.
+
+    """
+    require_chat_template(tokenizer)
+    return _render(tokenizer, messages, add_generation_prompt=True)["input_ids"]
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sample:
+    """Return a conversation's tokens, with labels on what the assistant emits: its words and its end-of-turn token.
+
+    A template with ``{% generation %}`` marks the assistant's words itself. With any other, a turn's tokens are those
+    that the conversation up to its end has beyond the prompt from which the target writes the turn, up to the
+    end-of-sequence token where the turn has one.
+
+    Raises:
+        ValueError: there is no chat template, it refuses the messages, or it does not say which tokens are the
+            assistant's: a turn's prompt is not how the conversation begins.
+
+    """
+    require_chat_template(tokenizer)
+    if GENERATION_TAG.search(tokenizer.get_chat_template()) and tokenizer.is_fast:
+        rendered = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+        ids, mask = rendered["input_ids"], rendered["assistant_masks"]
+        if not any(mask):
+            raise ValueError("the chat template's {% generation %} marks nothing in it")
+    else:
+        ids = _render(tokenizer, messages)["input_ids"]
+        mask = _mask_by_prefixes(tokenizer, messages, ids)
+    return Sample(ids, [token if emitted else IGNORED for token, emitted in zip(ids, mask, strict=True)])
+
+
+def _mask_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ids: Sequence[int]
+) -> list[bool]:
+    mask = [False] * len(ids)
+    for index, message in enumerate(messages):
+        if message.role is not Role.ASSISTANT:
+            continue
+        prompt = _render(tokenizer, messages[:index], add_generation_prompt=True)["input_ids"]
+        through = _render(tokenizer, messages[: index + 1])["input_ids"]
+        if ids[: len(through)] != through or through[: len(prompt)] != prompt:
+            raise ValueError(
+                f"with this chat template the tokens before message {index + 1} (counted from 1) change with what "
+                "follows, so the assistant's cannot be told; give a template that marks them by {% generation %}"
+            )
+        end = len(through)
+        if tokenizer.eos_token_id in through[len(prompt) :]:
+            end = through.index(tokenizer.eos_token_id, len(prompt)) + 1
+        mask[len(prompt) : end] = [True] * (end - len(prompt))
+    return mask
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+    plain = [{"role": message.role.value, "content": message.content} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(plain, tokenize=True, return_dict=True, **options)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())}") from None

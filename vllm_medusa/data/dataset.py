@@ -1,0 +1,137 @@
+"""Files of records as the blocks that heads are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_medusa.data.chat import encode_conversation
+from vllm_medusa.data.packing import Sample, pack_samples
+from vllm_medusa.data.record_files import BadLineCounter, BadLines, read_records
+from vllm_medusa.data.records import Completion, Record, Text, TurnTokens
+from vllm_medusa.training.losses import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int, bad_lines: BadLines) -> Dataset:
+    """Read, tokenise and pack training files.
+
+    A record stands whole in a block, next to others, with padding at the block's end; one that is longer than a block
+    is cut, and its further pieces lack what came before. ``pack_samples`` says what the borders inside a block mean.
+
+    The data set is in memory (8 bytes per token); nothing is written to the cache of ``datasets``.
+
+    Args:
+        files: what ``parsed_lines`` takes.
+        tokenizer: the target's.
+        length: tokens per block.
+        bad_lines: whether a bad line ends the reading, or is skipped; the number of skipped lines is logged.
+
+    Returns:
+        Columns ``input_ids`` and ``labels``: lists of exactly ``length`` integers, a label being the token's id or
+        ``IGNORED``.
+
+    Raises:
+        ValueError: a line is no good and bad lines are refused, or no line is good.
+        OSError: a file cannot be read.
+
+    """
+    import datasets
+
+    counter = BadLineCounter(bad_lines)
+    padding_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    blocks = [
+        np.array([block.input_ids, block.labels], dtype=np.int32)  # [2, length]
+        for block in pack_samples(read_samples(files, tokenizer, counter), length, padding_id or 0)
+    ]
+    counter.report()
+    if not blocks:
+        reason = f": {counter.first}" if counter.first else ""
+        raise ValueError(f"nothing to train on in {', '.join(map(str, files)) or 'no files'}{reason}")
+    column = datasets.List(datasets.Value("int32"), length=length)
+    return datasets.Dataset.from_dict(
+        {"input_ids": [block[0] for block in blocks], "labels": [block[1] for block in blocks]},
+        features=datasets.Features({"input_ids": column, "labels": column}),
+    )
+
+
+def encode_record(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Sample]:
+    """Return a record's tokens and labels.
+
+    A text has labels on all its tokens, and begins and ends as the tokenizer has it. A completion has labels from the
+    first token on in which it and its prompt alone differ. A conversation is rendered by the chat template (see
+    ``encode_conversation``). Where a record carries tokens, they are taken as they are.
+
+    Returns:
+        One sample; more where a record's tokens are of turns that do not each continue the one before, because the
+        former answers were tokenised again in between.
+
+    Raises:
+        ValueError: the chat template is missing or refuses the record, or a token id is not the tokenizer's.
+
+    """
+    if isinstance(record, Text):
+        ids = tokenizer(record.text)["input_ids"]
+        return [Sample(ids, ids)]
+    if record.tokens:
+        return _encode_tokens(record.tokens, len(tokenizer))
+    if isinstance(record, Completion):
+        return [_encode_completion(tokenizer, record)]
+    return [encode_conversation(tokenizer, record.messages)]
+
+
+def read_samples(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLineCounter
+) -> Iterator[Sample]:
+    """Read files of records as samples, one after another; a record that cannot be encoded is a bad line.
+
+    Raises:
+        BadLineError: a line is no good and bad lines are refused.
+        ValueError: see ``parsed_lines``.
+        OSError: a file cannot be read.
+
+    """
+    for source, record in read_records(files, bad_lines):
+        try:
+            samples = encode_record(tokenizer, record)
+        except ValueError as error:
+            bad_lines.add(source, error)
+        else:
+            yield from samples
+
+
+def _encode_completion(tokenizer: PreTrainedTokenizerBase, record: Completion) -> Sample:
+    prompt = tokenizer(record.prompt)["input_ids"]
+    ids = tokenizer(record.prompt + record.completion)["input_ids"]
+    border = _shared_length(prompt, ids)
+    return Sample(ids, [IGNORED] * border + ids[border:])
+
+
+def _encode_tokens(turns: Sequence[TurnTokens], vocab_size: int) -> list[Sample]:
+    samples: list[Sample] = []
+    for turn in turns:
+        prompt, completion = list(turn.prompt_ids), list(turn.completion_ids)
+        largest = max(prompt + completion)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"token id {largest} is not one of the tokenizer's {vocab_size}; give the tokenizer of the model "
+                "that wrote it"
+            )
+        labels: list[int] = []
+        if samples and prompt[: len(samples[-1])] == samples[-1].input_ids:
+            labels.extend(samples.pop().labels)
+        labels.extend([IGNORED] * (len(prompt) - len(labels)))
+        samples.append(Sample(prompt + completion, labels + completion))
+    return samples
+
+
+def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common from their beginning."""
+    differing = (index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(first), len(second)))

@@ -1,0 +1,78 @@
+"""Text that a target writes after prompts of any lengths, on the very tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import track
+
+from vllm_medusa.data.packing import Sample
+from vllm_medusa.training.losses import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def continue_prompts(
+    target: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    batch_size: int = 8,
+    show_progress: bool = True,
+    min_new_tokens: int = 0,
+) -> list[Sample]:
+    """Let a target continue prompts greedily, up to and including its end-of-sequence token.
+
+    Args:
+        target: a causal language model of ``transformers``.
+        prompts: token ids, at least one each.
+        new_tokens: most tokens that it writes after each.
+        batch_size: prompts at a time.
+        show_progress: whether to draw a progress bar.
+        min_new_tokens: tokens before which the end-of-sequence token is not chosen.
+
+    Returns:
+        Each prompt with its continuation, which alone has labels.
+
+    """
+    samples: dict[int, Sample] = {}
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    for batch in track(batches, "Target's own text", disable=not show_progress):
+        written = _continue_batch(target, [prompts[index] for index in batch], new_tokens, min_new_tokens)
+        samples |= zip(batch, written, strict=True)
+    return [samples[index] for index in range(len(prompts))]
+
+
+def _continue_batch(
+    target: PreTrainedModel, prompts: list[Sequence[int]], new_tokens: int, min_new_tokens: int
+) -> list[Sample]:
+    longest = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ends = _end_tokens(target)
+    written = target.generate(
+        tokens.to(target.device),
+        attention_mask=mask.to(target.device),
+        do_sample=False,
+        min_new_tokens=min_new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=min(ends, default=0),
+    )[:, longest:].tolist()
+    samples = []
+    for prompt, continuation in zip(prompts, written, strict=True):
+        end = next((index for index, token in enumerate(continuation) if token in ends), len(continuation))
+        kept = continuation[: end + 1]
+        samples.append(Sample([*prompt, *kept], [IGNORED] * len(prompt) + kept))
+    return samples
+
+
+def _end_tokens(target: PreTrainedModel) -> set[int]:
+    ends = target.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends} - {None}

@@ -1,0 +1,130 @@
+"""The manifest of a generated training set: what it follows from, and, once it is finished, what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm_medusa.files import replaced_file
+from vllm_medusa.versions import installed_versions
+
+MANIFEST_FILE = "manifest.json"
+
+
+class Counts(BaseModel):
+    """What a finished set holds.
+
+    Attributes:
+        prompts: good lines of the input files.
+        records: lines of the shards; less than the prompts where the target answered nothing, or refused a prompt.
+        tokens: tokens of all answers.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    prompts: int
+    records: int
+    tokens: int
+
+
+class Manifest(BaseModel):
+    """What stands in ``manifest.json``.
+
+    Attributes:
+        settings: what, with the inputs, every line follows from.
+        inputs: the input files' names and SHA-256 checksums, in order.
+        command: the command that began it.
+        versions: of the packages, when it was begun.
+        finished: whether all shards are there.
+        counts: what they hold, once they are.
+        shards: their names and SHA-256 checksums, once they are.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    settings: dict[str, Any]
+    inputs: tuple[tuple[str, str], ...]
+    command: tuple[str, ...]
+    versions: dict[str, str]
+    finished: bool = False
+    counts: Counts | None = None
+    shards: dict[str, str] = {}
+
+    @classmethod
+    def of_run(cls, settings: Mapping[str, Any], files: Sequence[Path], command: Sequence[str]) -> Manifest:
+        """Describe a run that begins now."""
+        return cls(
+            settings=json.loads(json.dumps(settings)),  # As it will be read again: lists for tuples.
+            inputs=tuple((file.name, sha256_of(file)) for file in files),
+            command=tuple(command),
+            versions=installed_versions(),
+        )
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read a directory's manifest.
+
+        Raises:
+            ValueError: it is not one.
+            OSError: there is none.
+
+        """
+        path = directory / MANIFEST_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is no manifest of a training set: {str(error).splitlines()[0]}") from None
+
+    def write(self, directory: Path) -> None:
+        """Write or replace a directory's manifest."""
+        with replaced_file(directory / MANIFEST_FILE) as stream:
+            stream.write(self.model_dump_json(indent=2) + "\n")
+
+    def begin_in(self, directory: Path) -> Manifest:
+        """Begin a run in a directory, or go on with the one that was begun there.
+
+        Returns:
+            The manifest of the run that was begun there; this one if there was none.
+
+        Raises:
+            ValueError: the directory holds a run that differs, or other files.
+            OSError: the directory cannot be written.
+
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / MANIFEST_FILE).exists():
+            begun = Manifest.read(directory)
+            self._require_same(begun, directory)
+            return begun
+        if any(path.name != f".{MANIFEST_FILE}.tmp" for path in directory.iterdir()):
+            raise ValueError(f"{directory} holds files but no {MANIFEST_FILE}; give an empty or a new directory")
+        self.write(directory)
+        return self
+
+    def _require_same(self, begun: Manifest, directory: Path) -> None:
+        for name in self.settings.keys() | begun.settings.keys():
+            there, here = begun.settings.get(name), self.settings.get(name)
+            if there != here:
+                raise ValueError(
+                    f"{directory} was begun with {name} {json.dumps(there)}, now it is {json.dumps(here)}; "
+                    "give what it was begun with, or another directory"
+                )
+        if begun.inputs != self.inputs:
+            there, here = (
+                ", ".join(f"{name} ({digest[:12]})" for name, digest in each) for each in (begun.inputs, self.inputs)
+            )
+            raise ValueError(
+                f"{directory} was begun with the input files {there} (SHA-256), now they are {here}; "
+                "give those files as they were, or another directory"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's checksum in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,129 @@
+"""A target behind a server with OpenAI's interface, such as ``vllm serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from vllm_medusa.data.records import TurnTokens
+from vllm_medusa.distillation.dialogue import Answer, Dialogue, OnAnswer, PromptStyle
+
+RETRIES = 5
+"""How often a request is sent again when the server is busy or does not answer; the waits between double."""
+
+
+@dataclass(frozen=True)
+class ServedTarget:
+    """Answers by asking a server, with the key in ``OPENAI_API_KEY`` if it is set.
+
+    Attributes:
+        url: up to and with ``/v1``.
+        model: the model's name there.
+        concurrency: requests that wait for an answer at the same time.
+
+    """
+
+    url: str
+    model: str
+    concurrency: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See ``Target``; the same model may be served at another address when a run goes on."""
+        return {"engine": "server"}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ask the server once which models it has (see ``Target``).
+
+        Raises:
+            ConnectionError: the server does not answer.
+            ValueError: it does not have the model, or refuses the key.
+
+        """
+        with self._explained_errors(), openai.OpenAI(base_url=self.url, api_key=_key(), max_retries=0) as client:
+            models = [model.id for model in client.models.list()]
+        if self.model not in models:
+            raise ValueError(f"{self.url} does not serve model {self.model!r}; it serves {', '.join(models) or 'none'}")
+        yield
+
+    def converse(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
+        """Answer all dialogues, ``concurrency`` of them at a time (see ``Target``).
+
+        Raises:
+            ConnectionError: the server does not answer any more, or fails.
+
+        """
+        with self._explained_errors():
+            asyncio.run(self._converse_with_all(dialogues, on_answer))
+
+    async def _converse_with_all(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
+        slots = asyncio.Semaphore(self.concurrency)
+        async with openai.AsyncOpenAI(base_url=self.url, api_key=_key(), max_retries=RETRIES) as client:
+            await asyncio.gather(*(self._converse(client, slots, dialogue, on_answer) for dialogue in dialogues))
+
+    async def _converse(
+        self, client: openai.AsyncOpenAI, slots: asyncio.Semaphore, dialogue: Dialogue, on_answer: OnAnswer
+    ) -> None:
+        async with slots:
+            while dialogue.is_open:
+                try:
+                    answer = await self._ask(client, dialogue)
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                    dialogue.refuse(f"the server refuses it: {_reason(error)}")
+                else:
+                    dialogue.hear(answer)
+                    on_answer(dialogue, answer)
+
+    async def _ask(self, client: openai.AsyncOpenAI, dialogue: Dialogue) -> Answer:
+        """Ask for one answer, and for its tokens, which vLLM tells and others do not."""
+        sampling = dialogue.turn_sampling
+        options: dict[str, Any] = {
+            "model": self.model,
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_tokens,
+            "seed": sampling.seed,
+            "extra_body": {"return_token_ids": True},
+        }
+        if dialogue.style is PromptStyle.CHAT:
+            messages: Any = [message.model_dump(mode="json") for message in dialogue.messages]
+            chat = await client.chat.completions.create(messages=messages, **options)
+            choice = chat.choices[0]
+            return _answer(choice.message.content, chat.usage, getattr(chat, "prompt_token_ids", None), choice)
+        completion = await client.completions.create(prompt=dialogue.messages[-1].content, **options)
+        choice = completion.choices[0]
+        return _answer(choice.text, completion.usage, getattr(choice, "prompt_token_ids", None), choice)
+
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except openai.APIConnectionError as error:
+            raise ConnectionError(f"no answer from {self.url}: {error}; is the server running?") from error
+        except openai.InternalServerError as error:
+            raise ConnectionError(f"{self.url} fails: {_reason(error)}; the finished files stay") from error
+        except openai.APIStatusError as error:
+            raise ValueError(f"{self.url} refuses the request: {_reason(error)}") from error
+
+
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def _answer(text: str | None, usage: Any, prompt_ids: list[int] | None, choice: Any) -> Answer:
+    completion_ids = getattr(choice, "token_ids", None)
+    tokens = None
+    if prompt_ids and completion_ids:
+        tokens = TurnTokens(prompt_ids=tuple(prompt_ids), completion_ids=tuple(completion_ids))
+    return Answer(text or "", usage.completion_tokens if usage else len(completion_ids or ()), tokens)
+
+
+def _reason(error: openai.APIStatusError) -> str:
+    message = error.body.get("message") if isinstance(error.body, dict) else None
+    return " ".join(str(message or error).split())

@@ -1,0 +1,1 @@
+"""How often heads are right, and the trees that follow from it."""

@@ -1,0 +1,117 @@
+"""How often heads are right on text that their target writes, from which trees are grown (paper, section 2.3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.progress import track
+
+from vllm_medusa.checkpoint.format import read_spec, read_state
+from vllm_medusa.checkpoint.target import check_sizes
+from vllm_medusa.data.packing import Sample
+from vllm_medusa.training.accuracy import score_heads
+from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
+from vllm_medusa.training.losses import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        accuracies: ``[heads][ranks]``: the share of positions whose token is the head's choice of exactly that rank.
+        positions: ``[heads]``: how many positions that is.
+
+    """
+
+    accuracies: list[list[float]]
+    positions: list[int]
+
+    @property
+    def top_k(self) -> list[list[float]]:
+        """``[heads][ranks]``: the share of positions whose token is among the head's first 1, 2, ... choices."""
+        return torch.tensor(self.accuracies, dtype=torch.float64).cumsum(dim=1).tolist()
+
+
+def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel) -> MedusaHeads:
+    """Load a served checkpoint next to its target's LM head, in its dtype, as an engine does.
+
+    Raises:
+        ValueError: the heads are not of the target's sizes, or no served heads.
+        OSError: a file is missing.
+
+    """
+    try:
+        spec = read_spec(directory)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}; bring published heads into it with vllm-medusa convert") from None
+    check_sizes(spec, target_directory)
+    with torch.device("meta"):
+        heads = MedusaHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size))
+    heads.load_state_dict(read_state(directory), assign=True)
+    weight = lm_head_of(target).get_parameter("weight")
+    return heads.to(weight.device, weight.dtype)
+
+
+@torch.no_grad()
+def evaluate_heads(
+    target: PreTrainedModel,
+    heads: MedusaHeads,
+    samples: Sequence[Sample],
+    ranks: int = 10,
+    batch_size: int = 8,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Measure heads on texts, each of which stands alone: no text sees another.
+
+    Args:
+        target: a causal language model of ``transformers``.
+        heads: its heads.
+        samples: texts, with labels on the tokens that the target wrote.
+        ranks: how many of each head's most likely tokens are looked at.
+        batch_size: texts at a time.
+        show_progress: whether to draw a progress bar.
+
+    Raises:
+        ValueError: the texts are so short that a head has no token to foretell.
+
+    """
+    hits = torch.zeros(heads.spec.num_heads, ranks, dtype=torch.int64)
+    positions = torch.zeros(heads.spec.num_heads, dtype=torch.int64)
+    batches = list(_batches(samples, batch_size))
+    for tokens, labels in track(batches, "Heads' accuracy", disable=not show_progress):
+        hidden = final_hidden_states(target, tokens.to(target.device))
+        scores = score_heads(heads, hidden, labels.to(hidden.device), ranks)
+        hits += scores.hits.sum(dim=0).cpu()
+        positions += scores.positions.sum(dim=0).cpu()
+    if not positions.all():
+        head = int((positions == 0).nonzero()[0]) + 1
+        raise ValueError(
+            f"head {head} has nothing to foretell in {len(samples)} texts: it looks {head + 1} tokens ahead, and none "
+            "is so long; give longer ones"
+        )
+    return Evaluation((hits / positions[:, None]).tolist(), positions.tolist())
+
+
+def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield tokens and labels, ``[batch, length]``, int64, texts of like length together.
+
+    Padding at a row's end is seen by no token before it, and has no labels.
+    """
+    by_length = sorted(samples, key=len)
+    for start in range(0, len(by_length), batch_size):
+        batch = by_length[start : start + batch_size]
+        tokens = torch.zeros(len(batch), len(batch[-1]), dtype=torch.int64)
+        labels = torch.full_like(tokens, IGNORED)
+        for row, sample in enumerate(batch):
+            tokens[row, : len(sample)] = torch.tensor(sample.input_ids)
+            labels[row, : len(sample)] = torch.tensor(sample.labels)
+        yield tokens, labels

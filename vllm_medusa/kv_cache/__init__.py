@@ -1,0 +1,1 @@
+"""Moving the accepted rows' keys and values behind the root."""

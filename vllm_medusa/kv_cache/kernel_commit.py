@@ -1,0 +1,153 @@
+"""The KV commit for GPUs: one launch moves a step's accepted rows in all layers that share a cache layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_medusa.acceptance.exact import Walk
+from vllm_medusa.kv_cache.backend_commit import cache_owners
+from vllm_medusa.step.plan import StepPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+WORDS = {torch.int64: tl.int64, torch.int32: tl.int32, torch.int16: tl.int16, torch.uint8: tl.uint8}
+"""The types that bytes may be moved as, widest first."""
+
+
+class KernelCommit:
+    """Moves rows as bytes, in one launch a KV cache group where its layers' caches look alike."""
+
+    def __init__(self, kv_cache_config: KVCacheConfig, layers: Mapping[str, Any]) -> None:
+        self._tables = [
+            CacheTable.group([layer.kv_cache.transpose(1, 2) for layer in owners])
+            for owners in cache_owners(kv_cache_config, layers)
+        ]
+
+    def __call__(
+        self,
+        plan: StepPlan,
+        accepted: Walk,
+        slots: Sequence[torch.Tensor],  # by KV cache group: [tokens], int64
+    ) -> None:
+        """Commit one step's walk (see ``KVCommit``)."""
+        for tables, slot in zip(self._tables, slots, strict=True):
+            for table in tables:
+                move_accepted(table, accepted.rows, plan.trees.root, plan.token, slot)
+
+
+@dataclass(frozen=True, eq=False)
+class CacheTable:
+    """Layers' caches of one shape and layout, so that one launch reaches them all.
+
+    Attributes:
+        caches: ``[blocks, block_size, kv_heads, words]`` each, viewed as integers: what a head keeps for a slot, scales
+            included. A layout that has keys and values apart makes two caches of a layer.
+        addresses: ``[caches]``, int64, on the caches' device.
+
+    """
+
+    caches: tuple[torch.Tensor, ...]
+    addresses: torch.Tensor
+
+    @classmethod
+    def group(cls, caches: Sequence[torch.Tensor]) -> list[CacheTable]:
+        """Return as few tables as the caches' layouts allow; a cache that several layers share is taken once.
+
+        Args:
+            caches: ``[blocks, block_size, kv_heads, content]`` each, of any dtype and strides but the last, which is 1.
+
+        """
+        groups: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], dict[int, torch.Tensor]] = {}
+        for cache in map(_as_words, caches):
+            groups.setdefault((cache.shape, cache.stride(), cache.dtype), {})[cache.data_ptr()] = cache
+        return [
+            cls(tuple(group.values()), torch.tensor(list(group), dtype=torch.int64, device=caches[0].device))
+            for group in groups.values()
+        ]
+
+
+def move_accepted(
+    table: CacheTable,
+    rows: torch.Tensor,  # [requests, levels], int64
+    root: torch.Tensor,  # [requests], int64
+    token: torch.Tensor,  # [rows], int64
+    slots: torch.Tensor,  # [tokens], int
+) -> None:
+    """Move each request's accepted rows behind its root, in place; nothing waits for the device.
+
+    Args:
+        table: the caches.
+        rows: ``Walk.rows``: the row accepted at each level, -1 after the last one.
+        root: ``TreeBatch.root``.
+        token: ``StepPlan.token``: each row's index among the step's tokens.
+        slots: where each of the step's tokens was written.
+
+    """
+    (requests, levels), cache = rows.shape, table.caches[0]
+    _, block_size, kv_heads, words = cache.shape
+    _move_kernel[(requests, len(table.caches), kv_heads)](
+        table.addresses,
+        rows,
+        root,
+        token,
+        slots,
+        levels,
+        rows.stride(0),
+        *cache.stride()[:3],
+        block_size=block_size,
+        words=words,
+        padded_words=triton.next_power_of_2(words),
+        word_type=WORDS[cache.dtype],
+        num_warps=1,
+    )
+
+
+@triton.jit(do_not_specialize=["levels", "rows_stride"])
+def _move_kernel(
+    addresses_ptr: tl.tensor,  # [caches]
+    rows_ptr: tl.tensor,  # [requests, levels]
+    root_ptr: tl.tensor,  # [requests]
+    token_ptr: tl.tensor,  # [rows]
+    slots_ptr: tl.tensor,  # [tokens]
+    levels: tl.tensor,
+    rows_stride: tl.tensor,
+    block_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
+    block_size: tl.constexpr,
+    words: tl.constexpr,
+    padded_words: tl.constexpr,
+    word_type: tl.constexpr,
+) -> None:
+    """Move one request's rows in one head of one cache.
+
+    Along a path rows grow by at least one a level, so the row accepted at a level is that level's target or comes after
+    it: no target is a later level's source, and going level by level overwrites nothing that is still to be read.
+    """
+    request = tl.program_id(0)
+    address = tl.load(addresses_ptr + tl.program_id(1))
+    word = tl.arange(0, padded_words)
+    head = address.to(tl.pointer_type(word_type)) + tl.program_id(2).to(tl.int64) * head_stride + word
+    root = tl.load(root_ptr + request)
+    for level in tl.range(1, levels):
+        row = tl.load(rows_ptr + request * rows_stride + level)
+        if (row >= 0) & (row != root + level):
+            source = tl.load(slots_ptr + tl.load(token_ptr + row)).to(tl.int64)
+            target = tl.load(slots_ptr + tl.load(token_ptr + root + level)).to(tl.int64)
+            source_at = source // block_size * block_stride + source % block_size * slot_stride
+            target_at = target // block_size * block_stride + target % block_size * slot_stride
+            tl.store(head + target_at, tl.load(head + source_at, mask=word < words), mask=word < words)
+
+
+def _as_words(cache: torch.Tensor) -> torch.Tensor:
+    """View a cache as the widest integers that its sizes, strides and address allow."""
+    size = cache.element_size()
+    numbers = (cache.data_ptr(), *(each * size for each in (cache.shape[-1], *cache.stride()[:-1])))
+    return cache.view(next(dtype for dtype in WORDS if all(number % dtype.itemsize == 0 for number in numbers)))

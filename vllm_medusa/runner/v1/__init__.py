@@ -1,0 +1,1 @@
+"""The adapter to vLLM's V1 model runner."""

@@ -1,0 +1,131 @@
+"""The adapter to vLLM's V1 model runner, which serves CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_medusa.acceptance.exact import Walk, walk
+from vllm_medusa.attention.cpu import tree_attention_selected
+from vllm_medusa.attention.metadata import announce_trees, check_backends
+from vllm_medusa.config import check_engine
+from vllm_medusa.kv_cache.backend_commit import BackendCommit
+from vllm_medusa.runner.proposer import MedusaProposer
+from vllm_medusa.runner.v1.drafts import drafts_of
+from vllm_medusa.runner.v1.sampling import TreeSampler
+from vllm_medusa.step.plan import StepPlan, plan_step
+
+
+class MedusaModelRunner(CPUModelRunner):
+    """Lets V1 verify trees: it adapts positions, attention metadata, sampling and drafting, and leaves the rest."""
+
+    drafter: MedusaProposer
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_engine(vllm_config)
+        super().__init__(vllm_config, device)
+        self._drafts = drafts_of(self.drafter)
+        self._plan: StepPlan | None = None
+        self._walk: Walk | None = None
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        """Load target and heads, the target's attention layers with the tree backend."""
+        with tree_attention_selected():
+            super().load_model(load_dummy_weights)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        """Allocate the KV cache and note which layers own a part of it."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.drafter.tree.branches:
+            check_backends(self._attn_group_iterator())
+        self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        """Forget the trees of requests that have ended."""
+        self._drafts.forget(scheduler_output.finished_req_ids)
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        """Let vLLM prepare the batch as chains, then put each row of a tree at the position of its depth."""
+        logits_indices, metadata, max_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        assert metadata is not None
+        # The scheduler pads some new decodes with drafts of -1, which have no embedding and are carried by no draw.
+        token_ids = self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens]
+        req_ids = self.input_batch.req_ids
+        plan = plan_step(
+            self._drafts.layout(req_ids, self._chained, metadata.num_draft_tokens),
+            token=logits_indices.long(),
+            token_ids=token_ids,
+            seq_lens=self.seq_lens[: len(req_ids)],
+        )
+        token_ids.clamp_(min=0)
+        # Slots were computed from the positions of a chain above, and stay: row i of a tree is at slot context + i.
+        plan.place(self.positions)
+        self._plan = plan
+        return logits_indices, metadata, max_sampled
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
+        """Tell the metadata builders of the step's trees; warm-up runs build before any step and have none."""
+        announce_trees(self._attn_group_iterator(), self._plan.rows if self._plan is not None else None)
+        return super()._build_attention_metadata(*args, **kwargs)
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
+        """Walk the trees with the stock sampler and commit the accepted rows' keys and values."""
+        assert logits is not None
+        assert self._plan is not None
+        plan, self._plan = self._plan, None
+        discarded = torch.from_numpy(self.discard_request_mask.np[: self.input_batch.num_reqs])
+        with TreeSampler(self.sampler, self.input_batch, logits, discarded) as sampler:
+            accepted = walk(plan.trees, sampler.draw)
+        tables = self.input_batch.block_table.block_tables
+        self._commit(plan, accepted, [table.slot_mapping.gpu for table in tables])
+        self._walk = accepted
+        return SamplerOutput(
+            sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=sampler.stacked_logprobs()
+        )
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep vLLM from rewinding the generators of unfinished prompts: the walk has not drawn from them."""
+        generators = self.input_batch.generators
+        unfinished = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+        untouched = {index: generators.pop(index) for index in unfinished if index in generators}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(untouched)
+
+    def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
+        """Always: heads have no context, and the scheduler cuts each draft at the model's length by itself."""
+        return True
+
+    def propose_draft_token_ids(
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: torch.Tensor | list[list[int]],
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        """Draft from the hidden state of the row where each request stopped."""
+        assert self._walk is not None
+        hidden = sample_hidden_states[self._walk.last_row]
+        return self._drafts.propose(self.input_batch.req_ids, self._chained, hidden)
+
+    @property
+    def _chained(self) -> list[bool]:
+        """For each request whether the scheduler advances a grammar along the draft, which must be a chain then."""
+        params = (self.requests[req_id].sampling_params for req_id in self.input_batch.req_ids)
+        return [each is not None and each.structured_outputs is not None for each in params]

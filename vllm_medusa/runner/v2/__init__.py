@@ -1,0 +1,1 @@
+"""The adapter to vLLM's V2 model runner."""

@@ -1,0 +1,16 @@
+"""The adapter to vLLM's V2 model runner on CPUs, where a Triton backend for them is installed."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+
+from vllm_medusa.attention import cpu
+from vllm_medusa.kv_cache.backend_commit import BackendCommit
+from vllm_medusa.runner.v2 import model_runner as v2
+
+
+class MedusaModelRunner(v2.MedusaModelRunner, CPUModelRunner):
+    """V2 with trees on a CPU, with the CPU's attention."""
+
+    tree_attention_selected = staticmethod(cpu.tree_attention_selected)
+    commit_class = BackendCommit

@@ -1,0 +1,181 @@
+"""The adapter to vLLM's V2 model runner."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_medusa.attention.metadata import announce_trees, check_backends
+from vllm_medusa.attention.triton import backend as triton
+from vllm_medusa.config import check_engine, medusa_config
+from vllm_medusa.kv_cache.backend_commit import KVCommit
+from vllm_medusa.kv_cache.kernel_commit import KernelCommit
+from vllm_medusa.runner.proposer import MedusaProposer
+from vllm_medusa.runner.v2.drafts import drafts_of
+from vllm_medusa.runner.v2.sampling import TreeVerifier
+from vllm_medusa.step.plan import CHAIN, TREE, StepPlan, plan_step
+from vllm_medusa.tree.rows import put
+
+
+class MedusaSpeculator(BaseSpeculator):
+    """The proposer in V2's terms.
+
+    Attributes:
+        last_token: ``[requests]``, int64: index of the token at whose row each request of the step stopped.
+        chained: ``[requests]``, bool: requests whose draft must be the top-1 path; None if there are none.
+
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.proposer = MedusaProposer(vllm_config)
+        self.drafts = drafts_of(self.proposer, vllm_config.scheduler_config.max_num_seqs, device)
+        self.last_token: torch.Tensor | None = None
+        self.chained: torch.Tensor | None = None
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Nothing to prepare: the heads run eagerly."""
+
+    def capture(self) -> None:
+        """Nothing to capture."""
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the heads."""
+        self.proposer.load_model(target_model)
+
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,  # [tokens, hidden_size]
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
+        if dummy_run:
+            return self.drafts.propose(last_hidden_states[: input_batch.num_reqs], None, None)
+        return self.drafts.propose(last_hidden_states[self.last_token], self.chained, input_batch.idx_mapping)
+
+
+class MedusaModelRunner(GPUModelRunner):
+    """Lets V2 verify trees: it adapts positions, attention metadata, verification and drafting, and leaves the rest.
+
+    Nothing here waits for the device: what a step's trees look like follows from what the scheduler says, and what
+    becomes of them stays on the device, so asynchronous scheduling works.
+    """
+
+    speculator: MedusaSpeculator
+    tree_attention_selected = staticmethod(triton.tree_attention_selected)
+    commit_class: type[KVCommit] = KernelCommit
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_engine(vllm_config)
+        options = medusa_config(vllm_config)
+        assert options is not None
+        if options.medusa_min_probability:
+            raise ValueError(
+                f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
+                "which verifies as many rows for every request; leave it out"
+            )
+        super().__init__(vllm_config, device)
+        self._kind = np.full(self.max_num_reqs, TREE)
+        self._plan: StepPlan | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load target and heads, the target's attention layers with the tree backend."""
+        with self.tree_attention_selected() if self.speculator.proposer.tree.branches else nullcontext():
+            super().load_model(*args, **kwargs)
+        self.speculator.load_model(self.model)
+        assert self.sampler is not None
+        self.rejection_sampler = TreeVerifier(self.sampler, len(self.speculator.proposer.tree))
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        """Allocate the KV cache and note which layers own a part of it."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.speculator.proposer.tree.branches:
+            check_backends(group for groups in self.attn_groups for group in groups)
+        self._commit = self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Add the step's new requests, and note which follow a grammar, along a chain."""
+        super().add_requests(scheduler_output)
+        for request in scheduler_output.scheduled_new_reqs:
+            params = request.sampling_params
+            follows_grammar = params is not None and params.structured_outputs is not None
+            self._kind[self.req_states.req_id_to_index[request.req_id]] = CHAIN if follows_grammar else TREE
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Let vLLM map slots as for chains, then put each row of a tree at the position of its depth."""
+        block_tables, slot_mappings = super().prepare_attn(input_batch)
+        drafts = input_batch.num_draft_tokens_per_req
+        plan = plan_step(
+            self.speculator.drafts.layout(
+                input_batch.idx_mapping,
+                self._kind[input_batch.idx_mapping_np].tolist(),
+                drafts.tolist() if drafts is not None else [0] * input_batch.num_reqs,
+            ),
+            token=input_batch.logits_indices,
+            token_ids=input_batch.input_ids,
+            seq_lens=input_batch.seq_lens[: input_batch.num_reqs],
+        )
+        # Drafts that the scheduler has padded are -1, which has no embedding and is carried by no draw.
+        input_batch.input_ids.clamp_(min=0)
+        plan.place(input_batch.positions)
+        announce_trees((group for groups in self.attn_groups for group in groups), plan.rows)
+        self._plan, self._slots = plan, slot_mappings
+        return block_tables, slot_mappings
+
+    def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Prepare a warm-up run, which has no trees."""
+        announce_trees((group for groups in self.attn_groups for group in groups), None)
+        return super().prepare_dummy_attn(*args, **kwargs)
+
+    def sample(
+        self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """Walk the trees in the place of rejection sampling, and commit the accepted rows' keys and values."""
+        plan, verifier = self._plan, self.rejection_sampler
+        assert plan is not None
+        assert isinstance(verifier, TreeVerifier)
+        verifier.plan, verifier.accepted = plan, None
+        sampled = super().sample(hidden_states, input_batch, grammar_output)
+        last_row = plan.trees.root
+        if verifier.accepted is not None:
+            self._commit(plan, verifier.accepted, list(self._slots))
+            last_row = verifier.accepted.last_row
+        self.speculator.last_token = plan.token[last_row]
+        chained = self._kind[input_batch.idx_mapping_np] == CHAIN
+        self.speculator.chained = put(torch.from_numpy(chained), self.device) if chained.any() else None
+        return sampled
+
+
+def _build_speculator(init: Any) -> Any:
+    @wraps(init)
+    def init_speculator(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
+        if medusa_config(vllm_config) is not None:
+            return MedusaSpeculator(vllm_config, device)
+        return init(vllm_config, device, *args)
+
+    return init_speculator
+
+
+# V2 builds its speculator from a closed list of methods; for any other engine the wrapper changes nothing.
+model_runner.init_speculator = _build_speculator(model_runner.init_speculator)

@@ -1,0 +1,1 @@
+"""The rows of one step, derived from drafts."""

@@ -32,7 +32,7 @@ from rich.table import Table
 from vllm_medusa.attention import reference
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import machine, versions
-from vllm_medusa.tree.batch import TreeBatch
+from vllm_medusa.step.trees import StepTrees, derive_trees
 from vllm_medusa.tree.topology import DraftTree
 
 DIRECTORY = Path("build/gpu")
@@ -238,6 +238,20 @@ def draft_tree(rows: int) -> DraftTree:
     return DraftTree.from_parents([-1, *((row - 1) // 4 for row in range(1, rows))])
 
 
+def step_trees(tree: DraftTree, batch: int) -> StepTrees:
+    """Return a step in which so many requests verify the same tree; each row's token is its index."""
+    rows = torch.arange(batch * len(tree))
+    return derive_trees(
+        tree.parents[None, 1:].repeat(batch, 1),
+        cu_num_rows=torch.arange(0, len(rows) + 1, len(tree)),
+        logits_indices=rows,
+        input_ids=rows.clone(),
+        positions=torch.zeros_like(rows),
+        max_depth=tree.depth,
+        num_drafting_reqs=batch,
+    )
+
+
 class Attention:
     """A step in which every request verifies the same tree, and as many caches as one graph is to read."""
 
@@ -256,12 +270,13 @@ class Attention:
         ]
         self.query = torch.randn(batch * rows, shape.heads, shape.head_dim, dtype=shape.dtype, device=device)
         self.output = torch.empty_like(self.query)
+        trees = step_trees(tree, batch)
         self.step = AttentionStep(
             query_start=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device),
             seq_lens=torch.full((batch,), context + rows, dtype=torch.int32, device=device),
             block_table=self.block_table,
-            ancestors=tree.bitmasks.repeat(batch, 1).to(device),
-            depth=tree.depths.int().repeat(batch).to(device),
+            ancestors=trees.ancestors.to(device),
+            depth=trees.depths.to(device),
             max_rows=rows,
         )
         scale = torch.ones((), device=device) if shape.cache_dtype != shape.dtype else None
@@ -374,14 +389,12 @@ def walk_and_commit_times(size: Size) -> list[dict[str, Any]]:
     shape, tree, results = size.shapes[0], draft_tree(size.rows[-1]), []
     rows = len(tree)
     for batch in size.batches:
-        start = torch.arange(0, batch * rows, rows)[:, None]
-        parent = torch.where(tree.parents >= 0, tree.parents + start, -1).flatten()
-        tokens = torch.arange(batch * rows)
-        request = tokens // rows
-        flat = (each.to(size.device) for each in (request, parent, tokens, start.flatten()))
-        trees = TreeBatch(*flat, max_depth=LEVELS - 1)
+        on_host = replace(step_trees(tree, batch), max_depth=LEVELS - 1)
         # Each row's draw is carried by its last child.
-        drawn = torch.zeros_like(tokens).index_put_((parent.clamp(min=0),), tokens).to(size.device)
+        drawn = torch.zeros_like(on_host.tokens).index_put_((on_host.parents.clamp(min=0),), on_host.tokens)
+        drawn = drawn.to(size.device)
+        tensors = ("cu_num_rows", "logits_indices", "tokens", "parents", "depths", "ancestors")
+        trees = replace(on_host, **{name: getattr(on_host, name).to(size.device) for name in tensors})
         accepted = walk_drawn(trees, drawn, rows)
         caches = [
             torch.zeros(batch * rows // BLOCK_SIZE + 1, BLOCK_SIZE, shape.kv_heads, 2 * shape.head_dim).to(
@@ -390,13 +403,13 @@ def walk_and_commit_times(size: Size) -> list[dict[str, Any]]:
             for _ in range(size.layers)
         ]
         (table,) = CacheTable.group(caches)
-        slots = trees.token
+        slots = trees.logits_indices
         walking = seconds(size, [lambda trees=trees, drawn=drawn: walk_drawn(trees, drawn, rows)])
         moving = seconds(
             size,
             [
                 lambda table=table, accepted=accepted, trees=trees, slots=slots: move_accepted(
-                    table, accepted.rows, trees.root, slots, slots
+                    table, trees, accepted, slots
                 )
             ],
         )

@@ -178,21 +178,24 @@ def commit_milliseconds(llm: Any, rows: int) -> float:
     import torch
 
     from vllm_medusa.acceptance.exact import Walk
-    from vllm_medusa.step.plan import plan_step
+    from vllm_medusa.step.trees import derive_trees
 
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    plan = plan_step(
-        runner._drafts.layout(["timed"], [False], [rows - 1]),
-        token=torch.arange(rows),
-        token_ids=torch.zeros(rows, dtype=torch.long),
-        seq_lens=torch.tensor([PROMPT_TOKENS + rows]),
+    trees = derive_trees(
+        runner.drafter.tree.topology.parents[None, 1:],
+        cu_num_rows=torch.tensor([0, rows]),
+        logits_indices=torch.arange(rows),
+        input_ids=torch.zeros(rows, dtype=torch.long),
+        positions=torch.zeros(rows, dtype=torch.long),
+        max_depth=HEADS,
+        num_drafting_reqs=1,
     )
     accepted = Walk(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 2, 4, rows - 1]]))
     slots = [table.slot_mapping.gpu for table in runner.input_batch.block_table.block_tables]
     times = []
     for _ in range(50):
         start = time.perf_counter()
-        runner._commit(plan, accepted, slots)
+        runner._commit(trees, accepted, slots)
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e3
 

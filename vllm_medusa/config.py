@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SkipValidation, ValidationError
@@ -29,9 +30,6 @@ WORKERS = {
 DEFAULT_NODES = {"cpu": 7, "cuda": 31}
 """Nodes of a sparse or dynamic tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so
 few."""
-
-DEFAULT_MIN_PROBABILITY = {"cpu": 0.15, "cuda": 0.0}
-"""Least probability of a dynamic tree's paths: on a CPU a row costs about a seventh of what a further token saves."""
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
@@ -117,7 +115,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         )
         self._fit_heads_to_target()
         tree = self._tree_options.build(self.medusa_tree if self.medusa_tree is not None else self.heads.medusa_tree)
-        self.num_speculative_tokens = len(tree) - 1
+        self.num_speculative_tokens = tree.num_nodes
         self.medusa_tree = "dynamic" if isinstance(tree, DynamicTree) else tree.choices
         self._check_branching(tree)
         self.method = ENGINE_METHOD
@@ -131,8 +129,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     @property
     def tree(self) -> Tree:
-        """The resolved tree."""
-        return self._tree_options.build(self.medusa_tree)
+        """The resolved tree; a dynamic one leaves no improbable path out unless the options say so."""
+        return self.build_tree(default_min_probability=0.0)
+
+    def build_tree(self, default_min_probability: float) -> Tree:
+        """Build the resolved tree; the default is for dynamic trees whose options name no least probability."""
+        return replace(self._tree_options, default_min_probability=default_min_probability).build(self.medusa_tree)
 
     def __repr__(self) -> str:
         return (
@@ -194,7 +196,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             default_nodes=DEFAULT_NODES[platform],
             top_k=self.medusa_top_k,
             min_probability=self.medusa_min_probability,
-            default_min_probability=DEFAULT_MIN_PROBABILITY[platform],
+            default_min_probability=0.0,
         )
 
     def _check_target(self) -> None:

@@ -15,9 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PACKAGE = Path(__file__).parents[2] / "vllm_medusa"
-HOST_ONLY = {PACKAGE / "tree" / "rows.py"}
-"""The module that computes on the host, once for all steps that look alike."""
-
 WAITS = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
@@ -127,6 +124,6 @@ def ours(frame: FrameType | None) -> str | None:
     if frame is None:
         return None
     path = Path(frame.f_code.co_filename)
-    if PACKAGE not in path.parents or path in HOST_ONLY:
+    if PACKAGE not in path.parents:
         return None
     return f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"

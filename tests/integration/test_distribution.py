@@ -18,7 +18,7 @@ from tests.integration.engines import engine, generate, spec_counters, texts
 from vllm_medusa.acceptance.exact import Draw, Walk, walk
 from vllm_medusa.checkpoint.format import HeadsSpec, write_heads
 from vllm_medusa.runner.v1 import model_runner as v1
-from vllm_medusa.tree.batch import TreeBatch
+from vllm_medusa.step.trees import StepTrees
 
 VOCAB, HIDDEN, LENGTH, DRAWS = 9, 64, 3, 20_000
 PROMPT = [1, 5, 2, 7]
@@ -106,16 +106,16 @@ def emit(llm: LLM, draws: int, **options: Any) -> list[list[int]]:
     return texts(generate(llm, [PROMPT] * draws, params))
 
 
-def walk_that_favours_first_children(batch: TreeBatch, draw: Draw, share: float = 0.1) -> Walk:
+def walk_that_favours_first_children(trees: StepTrees, draw: Draw, share: float = 0.1) -> Walk:
     """Walk, but accept a row's first child now and then whatever was drawn."""
 
     def biased(row: torch.Tensor, walking: torch.Tensor) -> torch.Tensor:
         drawn = draw(row, walking)
-        is_child = batch.parent[None, :] == row[:, None]
-        first = batch.token[is_child.long().argmax(dim=1)]
+        is_child = trees.parents[None, :] == row[:, None]
+        first = trees.tokens[is_child.long().argmax(dim=1)]
         return torch.where(is_child.any(dim=1) & (torch.rand(len(row)) < share), first, drawn)
 
-    return walk(batch, biased)
+    return walk(trees, biased)
 
 
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)

@@ -20,8 +20,8 @@ pytestmark = [
     pytest.mark.both_runners,
     pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
 ]
-STATIC = {"plan": 3, "masks": 3, "verification": 5, "commit": 1, "proposal": 23}
-DYNAMIC = {"plan": 22, "masks": 8, "verification": 5, "commit": 1, "proposal": 37}
+STATIC = {"plan": 1, "verification": 5, "commit": 1, "proposal": 24}
+DYNAMIC = {"plan": 1, "verification": 5, "commit": 1, "proposal": 41}
 """Of one step, with four heads, two layers and one KV cache group; docs/architecture.md states them."""
 
 
@@ -37,8 +37,6 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
     with engine(tiny_target, heads=tiny_heads, tree=tree, **options) as llm:
         runner, watch = model_runner(llm), Watch(whole=frozenset({"proposal"}))
         verifier = runner.rejection_sampler
-        [builder] = [each for groups in runner.attn_groups for group in groups for each in group.metadata_builders]
-        builder._mask = watch.watching("masks", builder._mask)
         runner.prepare_attn = watch.watching("plan", runner.prepare_attn)
         runner._commit = watch.watching("commit", runner._commit)
         runner.speculator.propose = watch.watching("proposal", runner.speculator.propose)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.strategies import TokenTree, batch_of, deterministic, trees
+from tests.unit.strategies import TokenTree, deterministic, path_to, step_of, trees
+from vllm_medusa.acceptance.exact import Walk
+from vllm_medusa.kv_cache.backend_commit import misplaced_rows
 from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
-from vllm_medusa.step.plan import kv_moves
 from vllm_medusa.tree.topology import DraftTree
 
 
@@ -67,28 +68,29 @@ def test_accepted_rows_move_behind_their_roots_in_every_layer(
     requests: list[Accepted], layouts: list[Layout], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    batch = batch_of([TokenTree(each.tree.parents.tolist(), [0] * len(each.tree)) for each in requests])
-    rows = torch.full((len(requests), batch.max_depth + 1), -1)
+    step = step_of([TokenTree(each.tree.parents.tolist(), [0] * len(each.tree)) for each in requests])
+    rows = torch.full((len(requests), step.max_depth + 1), -1)
     for index, each in enumerate(requests):
-        path = torch.tensor(each.tree.path(each.last_row))
-        rows[index, : len(path)] = batch.root[index] + path
-    tokens = len(batch.parent) + 5
-    token = torch.randperm(tokens, generator=generator)[: len(batch.parent)].sort().values
+        path = torch.tensor(path_to(each.tree, each.last_row))
+        rows[index, : len(path)] = step.roots[index] + path
+    tokens = len(step.parents) + 5
+    token = torch.randperm(tokens, generator=generator)[: len(step.parents)].sort().values
+    step, accepted = replace(step, logits_indices=token), Walk(rows, rows)
     slots = torch.randperm(4 * tokens, generator=generator)[:tokens]
     caches = [layout.cache(tokens, generator) for layout in layouts for _ in range(2)]
 
-    source, target = (slots[token[each]] for each in kv_moves(batch, rows))
+    source, destination = (slots[token[each]] for each in misplaced_rows(step, accepted))
     expected = []
     for cache in caches:
         moved, size = raw(cache).clone(), cache.shape[1]
-        moved[target // size, target % size] = moved[source // size, source % size].clone()
+        moved[destination // size, destination % size] = moved[source // size, source % size].clone()
         expected.append(moved)
 
     tables = CacheTable.group([*caches, caches[0]])  # One layer shares another's cache.
     assert len(tables) <= len(layouts)
     assert sum(len(table.caches) for table in tables) == len(caches)
     for table in tables:
-        move_accepted(table, rows, batch.root, token, slots)
+        move_accepted(table, step, accepted, slots)
     for cache, moved in zip(caches, expected, strict=True):
         assert torch.equal(raw(cache), moved)
 

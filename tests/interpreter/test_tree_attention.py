@@ -11,10 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.strategies import deterministic, trees
+from tests.unit.strategies import bitmasks_of, deterministic, trees
 from vllm_medusa.attention import reference
 from vllm_medusa.attention.triton.ops import (
-    CAUSAL,
     MAX_BLOCK_ROWS,
     AttentionStep,
     LayerOptions,
@@ -23,7 +22,8 @@ from vllm_medusa.attention.triton.ops import (
     choose_tiling,
     tree_attention,
 )
-from vllm_medusa.tree.topology import WORD_BITS, DraftTree
+from vllm_medusa.step.trees import CAUSAL, WORD_BITS
+from vllm_medusa.tree.topology import DraftTree
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 UNTOUCHED = 7.0
@@ -132,7 +132,7 @@ class Step:
 
     def attend(self, tiling: Tiling | None) -> None:
         layer, padding, tokens = self.layer, self.padding, len(self.query)
-        bitmasks = [request.tree.bitmasks for request in self.requests]
+        bitmasks = [bitmasks_of(request.tree) for request in self.requests]
         ancestors = torch.zeros(tokens, max(mask.shape[1] for mask in bitmasks), dtype=torch.int64)
         depth = torch.full((tokens,), -99)
         for first, request, mask in zip(self.start, self.requests, bitmasks, strict=False):

@@ -15,14 +15,14 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_medusa.attention import reference
-from vllm_medusa.attention.metadata import TreeRows
 from vllm_medusa.attention.triton.backend import (
     TreeAttentionMetadata,
     TreeFlashAttentionMetadataBuilder,
     TreeTritonAttentionImpl,
     TreeTritonAttentionMetadataBuilder,
 )
-from vllm_medusa.tree.layout import TreeTable
+from vllm_medusa.step.derive_kernel import derive_trees_on_device
+from vllm_medusa.step.trees import StepTrees
 from vllm_medusa.tree.topology import DraftTree
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCKS = 4, 2, 32, 16, 12
@@ -60,6 +60,8 @@ class Engine:
         self.seq_lens = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
         self.block_table = torch.randperm(BLOCKS, generator=generator).view(MAX_REQUESTS, -1).int()
         self.builder = builder()
+        self.buffers = StepTrees.allocate(ROWS - 1, MAX_REQUESTS, MAX_TOKENS, torch.device("cpu"))
+        self.builder.trees = self.buffers
         with set_current_vllm_config(VllmConfig()):
             self.impl = TreeTritonAttentionImpl(
                 HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, None, "auto", kv_sharing_target_layer_name=None
@@ -88,10 +90,20 @@ class Engine:
         )
 
     def announce(self, drafts: list[int], lengths: list[int]) -> None:
-        ends = torch.tensor(lengths).cumsum(0).tolist()
+        num_reqs, ends = len(drafts), torch.tensor(lengths).cumsum(0).tolist()
         token = torch.cat([torch.arange(end - count - 1, end) for end, count in zip(ends, drafts, strict=True)])
-        layout = TreeTable([TREE]).layout([0] * len(drafts), drafts)
-        self.builder.rows = TreeRows(layout, token, self.seq_lens[: len(drafts)])
+        self.builder.trees = derive_trees_on_device(
+            parents=TREE.parents[None, 1:].repeat(num_reqs, 1),
+            idx_mapping=torch.arange(num_reqs),
+            query_start_loc=self.query_start[: num_reqs + 1],
+            cu_num_rows=torch.tensor([0, *(count + 1 for count in drafts)]).cumsum(0).int(),
+            logits_indices=token,
+            input_ids=torch.zeros(ends[-1], dtype=torch.int32),
+            positions=torch.zeros(ends[-1], dtype=torch.int64),
+            max_depth=TREE.depth,
+            num_drafting_reqs=sum(count > 0 for count in drafts),
+            buffers=self.buffers,
+        )
 
     def attend(self, metadata: Any, tokens: int) -> torch.Tensor:
         output = torch.full((tokens, HEADS, HEAD_DIM), torch.nan)
@@ -131,7 +143,7 @@ def test_a_step_without_drafts_is_vllms_own() -> None:
     common = engine.step([1, 1], [20, 3])
     engine.announce([0, 0], [1, 1])
     assert not isinstance(engine.builder.build(0, common), TreeAttentionMetadata)
-    engine.builder.rows = None
+    engine.builder.trees = None
     assert not isinstance(engine.builder.build(0, common), TreeAttentionMetadata)
 
 

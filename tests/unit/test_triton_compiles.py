@@ -22,7 +22,8 @@ from triton.runtime.jit import JITFunction
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
 from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
 from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
-from vllm_medusa.tree.batch import TreeBatch
+from vllm_medusa.step.derive_kernel import derive_trees_on_device
+from vllm_medusa.step.trees import StepTrees
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -154,12 +155,15 @@ def test_a_batch_that_keeps_the_device_busy_by_itself_is_one_launch() -> None:
     assert len(attend(rows=64, group=4, requests=32)) == 1
 
 
-def test_the_walk_and_the_commit_are_one_launch_each(tmp_path: Path) -> None:
-    batch = TreeBatch(empty(64), empty(64), empty(64), empty(2), max_depth=4)
+def test_the_trees_the_walk_and_the_commit_are_one_launch_each(tmp_path: Path) -> None:
+    buffers = StepTrees.allocate(31, 2, 80, torch.device("meta"))
     table = CacheTable((empty(99, 16, 8, 64),) * 32, empty(32))
     with launches() as noted:
-        accepted = walk_drawn(batch, empty(64), max_rows=32)
-        move_accepted(table, accepted.rows, batch.root, empty(64), empty(80))
-    assert len(noted) == 2
+        trees = derive_trees_on_device(
+            empty(2, 31), empty(2), empty(3), empty(3), empty(64), empty(80), empty(80), 4, 2, buffers
+        )
+        accepted = walk_drawn(trees, empty(64), max_rows=32)
+        move_accepted(table, trees, accepted, empty(80))
+    assert len(noted) == 3
     for launch in noted:
         assert launch.compile(tmp_path)[1] == 0

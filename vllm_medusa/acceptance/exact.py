@@ -12,13 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_medusa.tree.batch import TreeBatch
-
-NO_TOKEN = -1
-"""Fills the columns after a request's last emitted token (vLLM's ``PLACEHOLDER_TOKEN_ID``)."""
+from vllm_medusa.step.trees import StepTrees
+from vllm_medusa.tree.drafts import NO_TOKEN
 
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""``draw(row [requests], walking [requests] bool) -> token [requests]``; tokens of stopped requests are ignored."""
+"""``draw(row [num_reqs], walking [num_reqs] bool) -> token [num_reqs]``; tokens of stopped requests are ignored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +24,8 @@ class Walk:
     """Where each request went.
 
     Attributes:
-        tokens: ``[requests, levels]``, int64: the emitted tokens, then -1. The last one emitted is carried by no row.
-        rows: ``[requests, levels]``, int64: the row each token was drawn at, -1 after the last one.
+        tokens: ``[num_reqs, levels]``, int64: the emitted tokens, then -1. The last one emitted is carried by no row.
+        rows: ``[num_reqs, levels]``, int64: the row each token was drawn at, -1 after the last one.
 
     """
 
@@ -36,35 +34,36 @@ class Walk:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """``[requests]``, int64: emitted tokens, the accepted drafts and the one after them."""
+        """``[num_reqs]``, int64: emitted tokens, the accepted drafts and the one after them."""
         return (self.rows >= 0).sum(dim=1)
 
     @property
     def last_row(self) -> torch.Tensor:
-        """``[requests]``, int64: the row at which each request stopped."""
+        """``[num_reqs]``, int64: the row at which each request stopped."""
         return self.rows.amax(dim=1)
 
 
-def walk(batch: TreeBatch, draw: Draw) -> Walk:
+def walk(trees: StepTrees, draw: Draw) -> Walk:
     """Walk every request's tree from its root, one draw a level, until no child carries the token drawn.
 
     Args:
-        batch: the trees.
-        draw: the target's sampler; called once a level, at most ``batch.max_depth + 1`` times, and not again once no
+        trees: the step's trees.
+        draw: the target's sampler; called once a level, at most ``trees.max_depth + 1`` times, and not again once no
             request walks.
 
     """
-    row, walking = batch.root, torch.ones_like(batch.root, dtype=torch.bool)
+    row = trees.roots.long()
+    walking = torch.ones_like(row, dtype=torch.bool)
     tokens, rows = [], []
-    for level in range(batch.max_depth + 1):
+    for level in range(trees.max_depth + 1):
         drawn = draw(row, walking)
         tokens.append(torch.where(walking, drawn, NO_TOKEN))
         rows.append(torch.where(walking, row, NO_TOKEN))
-        if level == batch.max_depth:
+        if level == trees.max_depth:
             break
-        child = batch.child(row, drawn)
+        child = trees.children(row, drawn)
         walking = walking & (child >= 0)
-        if batch.root.device.type == "cpu" and not walking.any():
+        if row.device.type == "cpu" and not walking.any():
             break
         row = torch.where(walking, child, row)
     return Walk(torch.stack(tokens, dim=1), torch.stack(rows, dim=1))

@@ -7,35 +7,35 @@ import triton
 import triton.language as tl
 
 from vllm_medusa.acceptance.exact import Walk
-from vllm_medusa.tree.batch import TreeBatch
+from vllm_medusa.step.trees import StepTrees
 
 
 def walk_drawn(
-    batch: TreeBatch,
-    drawn: torch.Tensor,  # [rows], int
+    trees: StepTrees,
+    drawn: torch.Tensor,  # [num_rows], int
     max_rows: int,
 ) -> Walk:
     """Walk as ``walk`` does with ``draw = lambda row, walking: drawn[row]``; nothing waits for the device.
 
     Args:
-        batch: the trees.
+        trees: the step's trees.
         drawn: the token that the target's sampler drew at each row.
         max_rows: at least the rows of the largest tree, known on the host.
 
     Returns:
-        A walk of ``batch.max_depth + 1`` levels.
+        A walk of ``trees.max_depth + 1`` levels.
 
     """
-    shape = (len(batch.root), batch.max_depth + 1)
+    num_reqs, shape = len(trees.roots), (len(trees.roots), trees.max_depth + 1)
     tokens, rows = (torch.empty(shape, dtype=torch.int64, device=drawn.device) for _ in range(2))
-    _walk_kernel[(len(batch.root),)](
+    _walk_kernel[(num_reqs,)](
         drawn,
-        batch.parent,
-        batch.token,
-        batch.root,
+        trees.parents,
+        trees.tokens,
+        trees.cu_num_rows,
         tokens,
         rows,
-        len(batch.parent),
+        len(trees.parents),
         shape[1],
         padded_rows=triton.next_power_of_2(max_rows),
         num_warps=1,
@@ -45,19 +45,19 @@ def walk_drawn(
 
 @triton.jit(do_not_specialize=["num_rows", "levels"])
 def _walk_kernel(
-    drawn_ptr: tl.tensor,  # [rows]
-    parent_ptr: tl.tensor,  # [rows]
-    token_ptr: tl.tensor,  # [rows]
-    root_ptr: tl.tensor,  # [requests]
-    walked_tokens_ptr: tl.tensor,  # [requests, levels]
-    walked_rows_ptr: tl.tensor,  # [requests, levels]
+    drawn_ptr: tl.tensor,  # [num_rows]
+    parent_ptr: tl.tensor,  # [num_rows]
+    token_ptr: tl.tensor,  # [num_rows]
+    cu_num_rows_ptr: tl.tensor,  # [num_reqs + 1]
+    walked_tokens_ptr: tl.tensor,  # [num_reqs, levels]
+    walked_rows_ptr: tl.tensor,  # [num_reqs, levels]
     num_rows: tl.tensor,
     levels: tl.tensor,
     padded_rows: tl.constexpr,
 ) -> None:
     """Walk one request's tree."""
     request = tl.program_id(0)
-    row = tl.load(root_ptr + request)
+    row = tl.load(cu_num_rows_ptr + request).to(tl.int64)
     # Rows past the tree's last are other requests', and children of none of its rows.
     candidate = row + tl.arange(0, padded_rows)
     is_row = candidate < num_rows

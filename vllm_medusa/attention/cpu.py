@@ -18,8 +18,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_medusa.attention.metadata import TreeMetadataBuilder, TreeQueries
+from vllm_medusa.attention.metadata import TreeMetadataBuilder
 from vllm_medusa.compat.backends import overridden
+from vllm_medusa.step.trees import WORD_BITS, StepTrees
 
 READABLE_ISAS = ("vec", "vec16")
 """Instruction sets whose cache layout we read: keys ``[head_dim, block_size]`` in each block, values ``[block_size,
@@ -47,13 +48,17 @@ class NativeTokens:
 
 @dataclass(frozen=True, eq=False)
 class TreeCPUAttentionMetadata:
-    """What a step with branching trees needs.
+    """What a step with branching trees needs; all other requests are causal and go to vLLM's own op.
 
-    A tree's keys are those of its context and of its rows, in the order of their slots; trees of fewer keys than the
-    largest repeat their first one, unseen.
+    Trees of fewer rows than the largest are padded at the end; padding rows repeat the tree's last token, so what is
+    computed for them is what is computed for it. A tree's keys are those of its context and of its rows, in the order
+    of their slots; trees of fewer keys than the largest repeat their first one, unseen.
 
     Attributes:
-        trees: the branching trees.
+        context: ``[trees]``, int64: tokens before the root, all in the KV cache, all visible to every row.
+        token: ``[trees, rows]``, int64: each row's index among the step's tokens.
+        depth: ``[trees, rows]``, int64: the row's position is ``context + depth``.
+        ancestors: ``[trees, rows, rows]``, bool: row i may attend to row j.
         block: ``[trees, keys]``, int64: the cache block of each key.
         offset: ``[trees, keys]``, int64: its place in the block.
         native: all other requests; None if there are none.
@@ -61,7 +66,10 @@ class TreeCPUAttentionMetadata:
 
     """
 
-    trees: TreeQueries
+    context: torch.Tensor
+    token: torch.Tensor
+    depth: torch.Tensor
+    ancestors: torch.Tensor
     block: torch.Tensor
     offset: torch.Tensor
     native: NativeTokens | None
@@ -70,7 +78,7 @@ class TreeCPUAttentionMetadata:
     @cached_property
     def distance(self) -> torch.Tensor:
         """``[trees, rows, keys]``, int64: each key's position less the row's own; never positive for a visible key."""
-        own = self.trees.context[:, None] + self.trees.depth
+        own = self.context[:, None] + self.depth
         row, is_row = self._row
         return torch.where(is_row, own.gather(1, row), self._slot)[:, None] - own[:, :, None]
 
@@ -83,9 +91,8 @@ class TreeCPUAttentionMetadata:
         """
         if window not in self._biases:
             row, is_row = self._row
-            ancestors = self.trees.ancestors
-            visible = ancestors.gather(2, row[:, None].expand(-1, ancestors.shape[1], -1)) & is_row[:, None]
-            visible |= (self._slot < self.trees.context[:, None])[:, None]
+            visible = self.ancestors.gather(2, row[:, None].expand(-1, self.ancestors.shape[1], -1)) & is_row[:, None]
+            visible |= (self._slot < self.context[:, None])[:, None]
             if window > 0:
                 visible &= self.distance > -window
             self._biases[window] = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, None]
@@ -111,8 +118,8 @@ class TreeCPUAttentionMetadata:
     @cached_property
     def _row(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``[trees, keys]`` twice: which of the tree's rows a key is, and whether it is one at all."""
-        rows = self.trees.depth.shape[1]
-        row = self._slot - self.trees.context[:, None]
+        rows = self.depth.shape[1]
+        row = self._slot - self.context[:, None]
         return row.clamp(0, rows - 1), (row >= 0) & (row < rows)
 
     @cached_property
@@ -139,25 +146,28 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata | TreeCPUAttentionMetadata:
         """Build vLLM's own metadata, or in a step with branching trees ours around it."""
-        trees = self.rows.queries if self.rows is not None else None
-        common = common_attn_metadata
-        if trees is None:
+        trees, common = self.trees, common_attn_metadata
+        if trees is None or not len(requests := trees.branching_reqs()):
             return super().build(common_prefix_len, common, fast_build)
         native = None
-        if len(trees.request) < common.num_reqs:
+        if len(requests) < common.num_reqs:
             is_native = torch.ones(common.num_reqs, dtype=torch.bool)
-            is_native[trees.request] = False
+            is_native[requests] = False
             native_common, native_tokens = _select(common, is_native.nonzero().flatten())
             native = NativeTokens(native_tokens, super().build(common_prefix_len, native_common, fast_build))
-        num_keys = trees.context + trees.ancestors.any(dim=1).sum(dim=1)
+        token, ancestors = side_by_side(trees, requests)
+        num_keys = common.seq_lens[requests].long()
         slot = torch.arange(int(num_keys.max())).expand(len(num_keys), -1)
         slot = slot * (slot < num_keys[:, None])
         return TreeCPUAttentionMetadata(
-            trees=trees,
-            block=common.block_table_tensor[trees.request].long().gather(1, slot // self.block_size),
+            context=num_keys - trees.cu_num_rows.diff()[requests],
+            token=token,
+            depth=trees.depths[token],
+            ancestors=ancestors,
+            block=common.block_table_tensor[requests].long().gather(1, slot // self.block_size),
             offset=slot % self.block_size,
             native=native,
-            in_order=native is None and trees.token.numel() == common.num_actual_tokens,
+            in_order=native is None and token.numel() == common.num_actual_tokens,
         )
 
 
@@ -186,7 +196,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             native_output = torch.empty_like(native_query)
             super().forward(layer, native_query, key, value, kv_cache, native.metadata, native_output)
             output[native.token] = native_output
-        token = attn_metadata.trees.token
+        token = attn_metadata.token
         if attn_metadata.in_order:
             tree_query, tree_output = (each[: token.numel()].unflatten(0, token.shape) for each in (query, output))
             tree_output.copy_(self._attend(tree_query, kv_cache, attn_metadata))
@@ -232,12 +242,12 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         layer: torch.nn.Module,
         kv_cache: torch.Tensor,  # [blocks, kv_heads, block_size, 2 * head_dim]
         source: torch.Tensor,  # [rows], int64, slots
-        target: torch.Tensor,  # [rows], int64, slots
+        destination: torch.Tensor,  # [rows], int64, slots
     ) -> None:
         """Copy keys and values between slots; the write is the backend's own (see ``TreeAttention.move_kv``)."""
         keys, values = _views(kv_cache)
         block, offset = source // kv_cache.shape[2], source % kv_cache.shape[2]
-        self.do_kv_cache_update(layer, keys[block, :, :, offset], values[block, :, offset], kv_cache, target)
+        self.do_kv_cache_update(layer, keys[block, :, :, offset], values[block, :, offset], kv_cache, destination)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -269,6 +279,19 @@ def _gather(kv_cache: torch.Tensor, metadata: TreeCPUAttentionMetadata) -> tuple
     key = keys.mT[metadata.block[:, None], torch.arange(kv_heads)[:, None], metadata.offset[:, None]]
     # Values are rows of memory, and several times faster to gather as such.
     return key, embedding(metadata.value_rows(kv_heads, block_size), kv_cache.view(-1, values.shape[-1]))
+
+
+def side_by_side(
+    trees: StepTrees,
+    requests: torch.Tensor,  # [trees], int64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``token`` and ``ancestors`` of some requests' trees (see ``TreeCPUAttentionMetadata``)."""
+    root, lengths = trees.roots[requests], trees.cu_num_rows.diff()[requests]
+    place = torch.arange(int(lengths.max()))
+    token = trees.logits_indices[root[:, None] + place.minimum(lengths[:, None] - 1)]
+    bits = trees.ancestors[token][..., None] >> torch.arange(WORD_BITS) & 1
+    ancestors = bits.flatten(2)[..., : len(place)].bool()
+    return token, ancestors & (place < lengths[:, None])[:, None]
 
 
 def _select(

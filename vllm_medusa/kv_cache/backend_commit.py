@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from vllm_medusa.acceptance.exact import Walk
-from vllm_medusa.step.plan import StepPlan, kv_moves
+from vllm_medusa.step.trees import StepTrees
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -21,9 +21,9 @@ class KVCommit(Protocol):
 
     def __call__(
         self,
-        plan: StepPlan,
+        trees: StepTrees,
         accepted: Walk,
-        slots: Sequence[torch.Tensor],  # by KV cache group: [tokens], int64
+        slots: Sequence[torch.Tensor],  # by KV cache group: [num_tokens], int64
     ) -> None:
         """Commit one step's walk; ``slots`` is where each of the step's tokens was written."""
 
@@ -36,18 +36,18 @@ class BackendCommit:
 
     def __call__(
         self,
-        plan: StepPlan,
+        trees: StepTrees,
         accepted: Walk,
-        slots: Sequence[torch.Tensor],  # by KV cache group: [tokens], int64
+        slots: Sequence[torch.Tensor],  # by KV cache group: [num_tokens], int64
     ) -> None:
         """Commit one step's walk (see ``KVCommit``)."""
-        source, target = kv_moves(plan.trees, accepted.rows)
+        source, destination = misplaced_rows(trees, accepted)
         if not len(source):
             return
         for owners, slot in zip(self._owners, slots, strict=True):
-            source_slots, target_slots = slot[plan.token[source]], slot[plan.token[target]]
+            source_slots, destination_slots = (slot[trees.logits_indices[rows]] for rows in (source, destination))
             for layer in owners:
-                layer.impl.move_kv(layer, layer.kv_cache, source_slots, target_slots)
+                layer.impl.move_kv(layer, layer.kv_cache, source_slots, destination_slots)
 
 
 def cache_owners(kv_cache_config: KVCacheConfig, layers: Mapping[str, Any]) -> list[list[Any]]:
@@ -56,3 +56,18 @@ def cache_owners(kv_cache_config: KVCacheConfig, layers: Mapping[str, Any]) -> l
         list({layers[name].kv_cache.data_ptr(): layers[name] for name in reversed(group.layer_names)}.values())
         for group in kv_cache_config.kv_cache_groups
     ]
+
+
+def misplaced_rows(trees: StepTrees, accepted: Walk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the keys and values of accepted rows lie, and where an ordinary sequence has them.
+
+    The row accepted at level j belongs right behind the root, j rows further on; in a chain it is there already.
+
+    Returns:
+        Two vectors of rows, int64: source and destination of each row that has to move.
+
+    """
+    rows = accepted.rows
+    destination = trees.roots[:, None] + torch.arange(rows.shape[1], device=rows.device)
+    misplaced = (rows >= 0) & (rows != destination)
+    return rows[misplaced], destination[misplaced]

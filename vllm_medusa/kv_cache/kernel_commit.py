@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.kv_cache.backend_commit import cache_owners
-from vllm_medusa.step.plan import StepPlan
+from vllm_medusa.step.trees import StepTrees
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -32,14 +32,14 @@ class KernelCommit:
 
     def __call__(
         self,
-        plan: StepPlan,
+        trees: StepTrees,
         accepted: Walk,
-        slots: Sequence[torch.Tensor],  # by KV cache group: [tokens], int64
+        slots: Sequence[torch.Tensor],  # by KV cache group: [num_tokens], int64
     ) -> None:
         """Commit one step's walk (see ``KVCommit``)."""
         for tables, slot in zip(self._tables, slots, strict=True):
             for table in tables:
-                move_accepted(table, accepted.rows, plan.trees.root, plan.token, slot)
+                move_accepted(table, trees, accepted, slot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,31 +75,29 @@ class CacheTable:
 
 def move_accepted(
     table: CacheTable,
-    rows: torch.Tensor,  # [requests, levels], int64
-    root: torch.Tensor,  # [requests], int64
-    token: torch.Tensor,  # [rows], int64
-    slots: torch.Tensor,  # [tokens], int
+    trees: StepTrees,
+    accepted: Walk,
+    slots: torch.Tensor,  # [num_tokens], int
 ) -> None:
     """Move each request's accepted rows behind its root, in place; nothing waits for the device.
 
     Args:
         table: the caches.
-        rows: ``Walk.rows``: the row accepted at each level, -1 after the last one.
-        root: ``TreeBatch.root``.
-        token: ``StepPlan.token``: each row's index among the step's tokens.
+        trees: the step's trees.
+        accepted: the walk.
         slots: where each of the step's tokens was written.
 
     """
-    (requests, levels), cache = rows.shape, table.caches[0]
+    (num_reqs, levels), cache = accepted.rows.shape, table.caches[0]
     _, block_size, kv_heads, words = cache.shape
-    _move_kernel[(requests, len(table.caches), kv_heads)](
+    _move_kernel[(num_reqs, len(table.caches), kv_heads)](
         table.addresses,
-        rows,
-        root,
-        token,
+        accepted.rows,
+        trees.cu_num_rows,
+        trees.logits_indices,
         slots,
         levels,
-        rows.stride(0),
+        accepted.rows.stride(0),
         *cache.stride()[:3],
         block_size=block_size,
         words=words,
@@ -112,10 +110,10 @@ def move_accepted(
 @triton.jit(do_not_specialize=["levels", "rows_stride"])
 def _move_kernel(
     addresses_ptr: tl.tensor,  # [caches]
-    rows_ptr: tl.tensor,  # [requests, levels]
-    root_ptr: tl.tensor,  # [requests]
-    token_ptr: tl.tensor,  # [rows]
-    slots_ptr: tl.tensor,  # [tokens]
+    rows_ptr: tl.tensor,  # [num_reqs, levels]
+    cu_num_rows_ptr: tl.tensor,  # [num_reqs + 1]
+    logits_indices_ptr: tl.tensor,  # [num_rows]
+    slots_ptr: tl.tensor,  # [num_tokens]
     levels: tl.tensor,
     rows_stride: tl.tensor,
     block_stride: tl.tensor,
@@ -128,22 +126,22 @@ def _move_kernel(
 ) -> None:
     """Move one request's rows in one head of one cache.
 
-    Along a path rows grow by at least one a level, so the row accepted at a level is that level's target or comes after
-    it: no target is a later level's source, and going level by level overwrites nothing that is still to be read.
+    Along a path rows grow by at least one a level, so a level's row never lies before its destination. No destination
+    is a later level's source, then: going level by level overwrites nothing that is still to be read.
     """
     request = tl.program_id(0)
     address = tl.load(addresses_ptr + tl.program_id(1))
     word = tl.arange(0, padded_words)
     head = address.to(tl.pointer_type(word_type)) + tl.program_id(2).to(tl.int64) * head_stride + word
-    root = tl.load(root_ptr + request)
+    root = tl.load(cu_num_rows_ptr + request)
     for level in tl.range(1, levels):
         row = tl.load(rows_ptr + request * rows_stride + level)
         if (row >= 0) & (row != root + level):
-            source = tl.load(slots_ptr + tl.load(token_ptr + row)).to(tl.int64)
-            target = tl.load(slots_ptr + tl.load(token_ptr + root + level)).to(tl.int64)
+            source = tl.load(slots_ptr + tl.load(logits_indices_ptr + row)).to(tl.int64)
+            destination = tl.load(slots_ptr + tl.load(logits_indices_ptr + root + level)).to(tl.int64)
             source_at = source // block_size * block_stride + source % block_size * slot_stride
-            target_at = target // block_size * block_stride + target % block_size * slot_stride
-            tl.store(head + target_at, tl.load(head + source_at, mask=word < words), mask=word < words)
+            destination_at = destination // block_size * block_stride + destination % block_size * slot_stride
+            tl.store(head + destination_at, tl.load(head + source_at, mask=word < words), mask=word < words)
 
 
 def _as_words(cache: torch.Tensor) -> torch.Tensor:

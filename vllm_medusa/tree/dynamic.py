@@ -17,83 +17,60 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
-from vllm_medusa.tree.layout import TreeStack
+from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.static import Path, check_size, from_paths
-from vllm_medusa.tree.topology import ROOT
 
 MAX_CANDIDATES = 1 << 14
 """Most paths that are weighed for each request and step."""
 
 
-@dataclass(frozen=True, eq=False)
-class GrownTrees:
-    """Trees of several requests, as rows of the candidate tree.
-
-    Attributes:
-        candidate: ``[requests, rows]``, int64: which candidate each row is, the root first, then the most probable (but
-            the top-1 chain before all others where improbable paths are left out).
-        length: ``[requests]``, int64: the rows that are worth verifying, the root counted.
-
-    """
-
-    candidate: torch.Tensor
-    length: torch.Tensor
-
-
 class DynamicTree:
-    """Grows trees of at most ``nodes`` nodes.
+    """Grows a tree of at most ``num_nodes`` nodes for each request.
 
     Args:
         num_heads: heads that draft, the deepest node's depth.
-        nodes: most nodes of a tree, the root not counted.
+        num_nodes: most nodes of a tree, the root not counted.
         top_k: most tokens of each head that a tree may use.
         min_probability: what a row has to be worth: the least probability of a path that is drafted, by the heads' own
             judgement, and the least by which a tree's branches together exceed theirs.
 
     Raises:
-        ValueError: ``nodes`` is too many, more than ``MAX_CANDIDATES`` paths would have to be weighed, or fewer than
-            ``nodes`` exist.
+        ValueError: ``num_nodes`` is too many, more than ``MAX_CANDIDATES`` paths would have to be weighed, or fewer
+            than ``num_nodes`` exist.
 
     Attributes:
         candidates: every path that a tree can hold, better ones first wherever that is known beforehand.
-        chain: ``[rows]``, int64: the rows of a tree that begins with the chain of the heads' top-1 tokens.
 
     """
 
-    def __init__(self, num_heads: int, nodes: int, top_k: int, min_probability: float) -> None:
-        check_size(nodes)
-        self.num_heads, self.nodes, self.top_k = num_heads, nodes, min(top_k, nodes)
+    def __init__(self, num_heads: int, num_nodes: int, top_k: int, min_probability: float) -> None:
+        check_size(num_nodes)
+        self.num_heads, self.num_nodes, self.top_k = num_heads, num_nodes, min(top_k, num_nodes)
         self.min_probability = min_probability
         self.candidates = from_paths(self._candidate_paths())
         paths = [(), *map(tuple, self.candidates.choices)]
-        if len(paths) <= nodes:
+        if len(paths) <= num_nodes:
             raise ValueError(
                 f"medusa_tree: {num_heads} heads of {top_k} tokens give trees of at most {len(paths) - 1} nodes, not "
-                f"{nodes}; lower num_speculative_tokens or raise medusa_top_k"
+                f"{num_nodes}; lower num_speculative_tokens or raise medusa_top_k"
             )
-        row = {path: index for index, path in enumerate(paths)}
-        self._depth, self._parent = self.candidates.topology.depths, self.candidates.topology.parents.clamp(min=0)
-        # Shorter paths are filled up with themselves, and with a rank that no path has and that adds nothing.
-        self._line = torch.tensor([[row[path[:depth]] for depth in range(num_heads + 1)] for path in paths])
+        self._row = torch.arange(num_nodes + 1)
+        depth, self._parent = self.candidates.topology.depths, self.candidates.topology.parents
+        # A path's terms are its tokens' log-probabilities; shorter paths are filled up with a rank whose term is 0.
         ranks = torch.tensor([[*path, *[self.top_k] * (num_heads - len(path))] for path in paths])
         self._terms = ranks + torch.arange(num_heads) * (self.top_k + 1)
         follows = (ranks == 0).cummin(dim=1).values
-        self._on_chain, self._leaves, self._weight = follows.sum(dim=1) == self._depth, ~follows, 1 - follows / 2
-        self._token = (self._depth - 1).clamp(min=0) * self.top_k + self.candidates.ranks
-        self.chain = (~self._on_chain).long().argsort(stable=True)[: len(self)]
-
-    def __len__(self) -> int:
-        return self.nodes + 1
+        self._on_chain, self._leaves, self._weight = follows.sum(dim=1) == depth, ~follows, 1 - follows / 2
+        self._token = (depth - 1).clamp(min=0) * self.top_k + self.candidates.ranks
 
     def to(self, device: torch.device) -> DynamicTree:
         """Return a tree that grows on another device."""
         moved = copy.copy(self)
-        for name in ("chain", "_depth", "_parent", "_line", "_terms", "_on_chain", "_leaves", "_weight", "_token"):
+        for name in ("_row", "_parent", "_terms", "_on_chain", "_leaves", "_weight", "_token"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
@@ -103,33 +80,58 @@ class DynamicTree:
         return not self.candidates.topology.is_chain
 
     @property
-    def chain_length(self) -> int:
-        """Nodes of the chain that ``chain`` begins with."""
-        return min(self.num_heads, self.nodes)
+    def depth(self) -> int:
+        """The longest path that a tree may have: how many heads it needs."""
+        return min(self.num_heads, self.num_nodes)
 
-    def grow(
+    def draft(
         self,
-        log_probs: torch.Tensor,  # [requests, heads, top_k], float32
-    ) -> GrownTrees:
-        """Grow each request's tree from the log-probabilities of its heads' best tokens, best first."""
+        tokens: torch.Tensor,  # [num_reqs, heads, top_k], int64
+        log_probs: torch.Tensor,  # [num_reqs, heads, top_k], float32
+        chained: torch.Tensor | None = None,  # [num_reqs], bool
+    ) -> Drafts:
+        """Grow each request's tree, best first (but the top-1 chain first where improbable paths are left out).
+
+        Args:
+            tokens: each head's most probable tokens, best first.
+            log_probs: their log-probabilities.
+            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
+
+        """
+        scores = self._scores(log_probs)
+        if chained is not None:
+            scores.masked_fill_(chained[:, None] & ~self._on_chain, -math.inf)
+        # A stable sort keeps the order of the candidates among equals, in which parents come first.
+        best = scores.sort(dim=1, descending=True, stable=True)
+        candidate, scores = (each[:, : self.num_nodes + 1] for each in (best.indices, best.values))
+        if self.min_probability:
+            candidate, scores = self._prune(candidate, scores)
+        row_of = candidate.new_empty(len(candidate), len(self._parent))
+        row_of.scatter_(1, candidate, self._row.expand_as(candidate))
+        node, scores = candidate[:, 1:], scores[:, 1:]
+        return Drafts(
+            tokens=tokens.flatten(1).gather(1, self._token[node]),
+            parents=row_of.gather(1, self._parent[node]),
+            lengths=(scores > -math.inf).sum(dim=1),
+            log_probs=scores,
+        )
+
+    def _scores(
+        self,
+        log_probs: torch.Tensor,  # [num_reqs, heads, top_k], float32
+    ) -> torch.Tensor:  # [num_reqs, candidates], float32
+        """Return the logarithms of the candidates' probabilities; -inf from a head that predicts no numbers."""
         terms = pad(log_probs, (0, 1)).flatten(1)[:, self._terms]
         # No path is more probable than its parent, not by rounding either: the sum and the least only fall.
         scores = (terms * self._weight).sum(dim=-1) + terms.masked_fill(self._leaves, 0).amin(dim=-1) / 2
-        # A head that is broken drafts nothing.
-        scores.nan_to_num_(nan=-math.inf, neginf=-math.inf)
-        # A stable sort keeps the order of the candidates among equals, in which parents come first.
-        best = scores.sort(dim=1, descending=True, stable=True)
-        candidate, scores = best.indices[:, : len(self)], best.values[:, : len(self)]
-        if not self.min_probability:
-            return GrownTrees(candidate, (scores > -math.inf).sum(dim=1))
-        return self._prune(candidate, scores)
+        return scores.nan_to_num_(nan=-math.inf, neginf=-math.inf)
 
     def _prune(
         self,
-        candidate: torch.Tensor,  # [requests, rows], int64
-        scores: torch.Tensor,  # [requests, rows], float32, logarithms of probabilities
-    ) -> GrownTrees:
-        """Leave out rows that are not worth verifying.
+        candidate: torch.Tensor,  # [num_reqs, num_rows], int64
+        scores: torch.Tensor,  # [num_reqs, num_rows], float32, logarithms of probabilities
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move rows that are not worth verifying to the end, with a score of -inf.
 
         ``min_probability`` is what a row costs, in tokens. A tree that branches costs a masked attention pass besides,
         about as much as a row; its branches stay if what they promise beyond their own cost pays for that. A chain that
@@ -139,29 +141,7 @@ class DynamicTree:
         surplus = (scores.exp() - self.min_probability).masked_fill(~probable | on_chain, 0).sum(dim=1, keepdim=True)
         kept = probable & (on_chain | (surplus >= self.min_probability))
         order = torch.where(kept, (~on_chain).long(), 2).sort(dim=1, stable=True).indices
-        return GrownTrees(candidate.gather(1, order), kept.sum(dim=1))
-
-    def fill(
-        self,
-        candidate: torch.Tensor,  # [requests, rows], int64
-        tokens: torch.Tensor,  # [requests, heads, top_k], int64
-    ) -> torch.Tensor:
-        """Return the tokens of all rows but the roots, ``[requests, rows - 1]``, from the heads' best ones."""
-        return tokens.flatten(1).gather(1, self._token[candidate[:, 1:]])
-
-    def stack(
-        self,
-        candidate: torch.Tensor,  # [requests, rows], int64
-    ) -> TreeStack:
-        """Return the trees that rows of the candidate tree form; each row's parent must come before it."""
-        requests, rows = candidate.shape
-        position = candidate.new_zeros(requests, len(self._parent))
-        position.scatter_(1, candidate, torch.arange(rows, device=candidate.device).expand(requests, -1))
-        parents = position.gather(1, self._parent[candidate])
-        parents[:, 0] = ROOT
-        lines = position.gather(1, self._line[candidate].flatten(1)).view(requests, rows, -1)
-        ancestors = candidate.new_zeros(requests, rows, rows, dtype=torch.bool).scatter_(2, lines, True)
-        return TreeStack(parents, self._depth[candidate], ancestors)
+        return candidate.gather(1, order), scores.masked_fill(~kept, -math.inf).gather(1, order)
 
     def _candidate_paths(self) -> list[Path]:
         """Return the paths that leave room for all that are at least as probable, those that need least room first."""
@@ -170,8 +150,8 @@ class DynamicTree:
             rooms[path] = room
             if len(rooms) > MAX_CANDIDATES:
                 raise ValueError(
-                    f'medusa_tree: "dynamic" would weigh more than {MAX_CANDIDATES} paths for {self.nodes} nodes of '
-                    f"{self.num_heads} heads of {self.top_k} tokens; lower num_speculative_tokens or medusa_top_k"
+                    f'medusa_tree: "dynamic" would weigh more than {MAX_CANDIDATES} paths for {self.num_nodes} nodes '
+                    f"of {self.num_heads} heads of {self.top_k} tokens; lower num_speculative_tokens or medusa_top_k"
                 )
         return sorted(rooms, key=lambda path: (rooms[path], path))
 
@@ -182,7 +162,7 @@ class DynamicTree:
         """
         for rank in range(self.top_k if len(path) < self.num_heads else 0):
             needed = room + breadth * (rank + 1)
-            if needed > self.nodes:
+            if needed > self.num_nodes:
                 return
             yield (*path, rank), needed
             yield from self._paths_within((*path, rank), breadth * (rank + 1), needed)

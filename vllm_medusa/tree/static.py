@@ -7,15 +7,18 @@ draft to its first rows, so every builder but the explicit one puts the rows tha
 
 from __future__ import annotations
 
+import copy
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, product
 from math import prod
 from operator import mul
 
 import torch
 
+from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.topology import ROOT, DraftTree
 
 Path = tuple[int, ...]
@@ -48,14 +51,61 @@ class StaticTree:
     def __len__(self) -> int:
         return len(self.topology)
 
-    def prefix(self, rows: int) -> StaticTree:
-        """Return the tree of the first ``rows`` rows, the root counted."""
-        return self if rows >= len(self) else StaticTree(self.topology.prefix(rows), self.ranks[:rows])
+    @property
+    def num_nodes(self) -> int:
+        """The number of nodes, the root not counted."""
+        return len(self) - 1
+
+    def prefix(self, num_rows: int) -> StaticTree:
+        """Return the tree of the first ``num_rows`` rows, the root counted."""
+        return self if num_rows >= len(self) else StaticTree(self.topology.prefix(num_rows), self.ranks[:num_rows])
 
     @property
     def branches(self) -> bool:
         """Whether it is another tree than a chain."""
         return not self.topology.is_chain
+
+    def to(self, device: torch.device) -> StaticTree:
+        """Return a tree that drafts on another device."""
+        moved = copy.copy(self)
+        moved.__dict__["_nodes"] = tuple(each.to(device) for each in self._nodes)
+        return moved
+
+    def draft(
+        self,
+        tokens: torch.Tensor,  # [num_reqs, heads, top_k], int64
+        chained: torch.Tensor | None = None,  # [num_reqs], bool
+    ) -> Drafts:
+        """Draft for each request.
+
+        Args:
+            tokens: each head's most probable tokens, best first.
+            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
+
+        """
+        head, rank, parents, num_nodes, chain, chain_parents, chain_length = self._nodes
+        drafted = tokens[:, head, rank]
+        if chained is None:
+            return Drafts(drafted, parents.expand_as(drafted), num_nodes.expand(len(drafted)))
+        return Drafts(
+            tokens=torch.where(chained[:, None], drafted[:, chain], drafted),
+            parents=torch.where(chained[:, None], chain_parents, parents),
+            lengths=torch.where(chained, chain_length, num_nodes),
+        )
+
+    @cached_property
+    def _nodes(self) -> tuple[torch.Tensor, ...]:
+        """Heads, ranks and parents of the nodes, their number; the nodes with the top path first, its length."""
+        chain = sorted(range(self.num_nodes), key=lambda node: node not in self.top_path)
+        return (
+            self.topology.depths[1:] - 1,
+            self.ranks[1:],
+            self.topology.parents[1:],
+            torch.tensor(self.num_nodes),
+            torch.tensor(chain, dtype=torch.int64),
+            torch.arange(self.num_nodes),
+            torch.tensor(len(self.top_path)),
+        )
 
     @property
     def depth(self) -> int:

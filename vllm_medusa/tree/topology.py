@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch.nn.functional import pad
-
-WORD_BITS = 63
-"""Rows per word of an ancestor bitmask: the sign bit of an int64 stays clear, so shifts need no care."""
 
 ROOT = -1
 """The parent of row 0."""
@@ -21,7 +17,7 @@ class DraftTree:
     """A draft tree in parent-first order; row 0 is the root, the token that the target has sampled already.
 
     Attributes:
-        parents: ``[rows]``, int64, on the CPU: the row of each row's parent; ``parents[0] == -1``.
+        parents: ``[num_rows]``, int64, on the CPU: the row of each row's parent; ``parents[0] == -1``.
 
     Raises:
         ValueError: ``parents`` is empty, does not start with -1, or names a parent that does not come before its child.
@@ -48,19 +44,19 @@ class DraftTree:
 
     @classmethod
     def chain(cls, depth: int) -> DraftTree:
-        """Return the tree of ``depth + 1`` rows in which every row has one child, but the last."""
+        """Return the tree of ``depth + 1`` rows in which every row but the last has one child."""
         return cls(torch.arange(-1, depth))
 
     def __len__(self) -> int:
         return len(self.parents)
 
-    def prefix(self, rows: int) -> DraftTree:
-        """Return the tree of the first ``rows`` rows; every prefix of a tree is a tree."""
-        return self if rows >= len(self) else DraftTree(self.parents[:rows])
+    def prefix(self, num_rows: int) -> DraftTree:
+        """Return the tree of the first ``num_rows`` rows; every prefix of a tree is a tree."""
+        return self if num_rows >= len(self) else DraftTree(self.parents[:num_rows])
 
     @cached_property
     def ancestors(self) -> torch.Tensor:
-        """``[rows, rows]``, bool: row i may attend to row j (j is i itself or above it)."""
+        """``[num_rows, num_rows]``, bool: row i may attend to row j (j is i itself or above it)."""
         mask = torch.eye(len(self), dtype=torch.bool)
         for row, parent in enumerate(self.parents.tolist()[1:], start=1):
             mask[row] |= mask[parent]
@@ -68,7 +64,7 @@ class DraftTree:
 
     @cached_property
     def depths(self) -> torch.Tensor:
-        """``[rows]``, int64: edges between a row and the root."""
+        """``[num_rows]``, int64: edges between a row and the root."""
         return self.ancestors.sum(dim=1) - 1
 
     @property
@@ -77,29 +73,6 @@ class DraftTree:
         return int(self.depths.max())
 
     @cached_property
-    def bitmasks(self) -> torch.Tensor:
-        """``[rows, words]``, int64: ``ancestors``, ``packed``."""
-        return packed(self.ancestors)
-
-    @cached_property
     def is_chain(self) -> bool:
         """Whether every row's parent is the row before it, so that causal attention is right for it."""
         return bool((self.parents == torch.arange(-1, len(self) - 1)).all())
-
-    def path(self, row: int) -> list[int]:
-        """Return the rows from the root to ``row``, both included."""
-        return self.ancestors[row].nonzero().flatten().tolist()
-
-
-def packed(
-    mask: torch.Tensor,  # [..., rows], bool
-) -> torch.Tensor:
-    """Pack masks over rows into words.
-
-    Returns:
-        ``[..., words]``, int64: bit ``j % 63`` of word ``j // 63`` is set where row j is.
-
-    """
-    padding = -mask.shape[-1] % WORD_BITS
-    bits = pad(mask.long(), (0, padding)).unflatten(-1, (-1, WORD_BITS))
-    return (bits << torch.arange(WORD_BITS, device=mask.device)).sum(dim=-1)

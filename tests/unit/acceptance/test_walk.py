@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.strategies import VOCABULARY, TokenTree, batch_of, deterministic, token_trees
-from vllm_medusa.acceptance.exact import NO_TOKEN, Walk, walk
-from vllm_medusa.tree.batch import TreeBatch
+from tests.unit.strategies import VOCABULARY, TokenTree, deterministic, step_of, token_trees
+from vllm_medusa.acceptance.exact import Walk, walk
+from vllm_medusa.step.trees import StepTrees
+from vllm_medusa.tree.drafts import NO_TOKEN
 
 tokens = st.integers(0, VOCABULARY - 1)
 
@@ -22,14 +23,14 @@ class Case:
     noise: list[int]
 
     @property
-    def batch(self) -> TreeBatch:
-        return batch_of(self.requests)
+    def trees(self) -> StepTrees:
+        return step_of(self.requests)
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     requests = draw(st.lists(token_trees(), min_size=1, max_size=5))
-    levels = batch_of(requests).max_depth + 1
+    levels = step_of(requests).max_depth + 1
     streams = [draw(st.lists(tokens, min_size=levels, max_size=levels)) for _ in requests]
     return Case(requests, streams, [draw(tokens) for _ in requests])
 
@@ -74,11 +75,11 @@ def emitted_by(result: Walk, request: int) -> tuple[list[int], list[int]]:
 @deterministic
 @given(cases())
 def test_a_batch_walks_as_each_request_would_alone(case: Case) -> None:
-    batch = case.batch
-    result = walk(batch, Sampler(case))
+    trees = case.trees
+    result = walk(trees, Sampler(case))
     for request, (tree, stream) in enumerate(zip(case.requests, case.streams, strict=True)):
         emitted, rows = walk_alone(tree, stream)
-        first = int(batch.root[request])
+        first = int(trees.roots[request])
         assert emitted_by(result, request) == (emitted, [first + row for row in rows])
         assert result.last_row[request] == first + rows[-1]
 
@@ -87,7 +88,7 @@ def test_a_batch_walks_as_each_request_would_alone(case: Case) -> None:
 @given(cases())
 def test_a_request_draws_exactly_as_often_as_it_emits(case: Case) -> None:
     sampler = Sampler(case)
-    result = walk(case.batch, sampler)
+    result = walk(case.trees, sampler)
     assert sampler.draws.tolist() == result.lengths.tolist()
     assert sampler.calls == int(result.lengths.max())
 
@@ -95,33 +96,33 @@ def test_a_request_draws_exactly_as_often_as_it_emits(case: Case) -> None:
 @deterministic
 @given(cases())
 def test_the_sampler_sees_each_walking_request_at_the_row_where_it_stands(case: Case) -> None:
-    batch, sampler, seen = case.batch, Sampler(case), []
+    trees, sampler, seen = case.trees, Sampler(case), []
 
     def draw(row: torch.Tensor, walking: torch.Tensor) -> torch.Tensor:
-        assert torch.equal(batch.request[row], torch.arange(len(case.requests)))
+        assert torch.equal(torch.bucketize(row, trees.cu_num_rows, right=True) - 1, torch.arange(len(case.requests)))
         seen.append(torch.where(walking, row, NO_TOKEN))
         return sampler(row, walking)
 
-    assert torch.equal(walk(batch, draw).rows, torch.stack(seen, dim=1))
+    assert torch.equal(walk(trees, draw).rows, torch.stack(seen, dim=1))
 
 
 @deterministic
 @given(st.lists(st.builds(TokenTree, st.just([-1]), st.just([0])), min_size=1, max_size=4))
 def test_requests_without_a_draft_emit_one_token_each(requests: list[TokenTree]) -> None:
     case = Case(requests, [[2]] * len(requests), [0] * len(requests))
-    result = walk(case.batch, Sampler(case))
+    result = walk(case.trees, Sampler(case))
     assert result.tokens.tolist() == [[2]] * len(requests)
-    assert torch.equal(result.last_row, case.batch.root)
+    assert torch.equal(result.last_row, case.trees.roots)
 
 
 @deterministic
 @given(st.lists(token_trees(), min_size=1, max_size=4), st.data())
-def test_child_finds_the_child_that_carries_the_token(requests: list[TokenTree], data: st.DataObject) -> None:
-    batch = batch_of(requests)
+def test_children_finds_the_child_that_carries_the_token(requests: list[TokenTree], data: st.DataObject) -> None:
+    trees = step_of(requests)
     row = [data.draw(st.integers(0, len(tree.parents) - 1)) for tree in requests]
     token = [data.draw(tokens) for _ in requests]
     expected = []
     for request, tree in enumerate(requests):
         child = tree.child(row[request], token[request])
-        expected.append(-1 if child is None else int(batch.root[request]) + child)
-    assert batch.child(batch.root + torch.tensor(row), torch.tensor(token)).tolist() == expected
+        expected.append(-1 if child is None else int(trees.roots[request]) + child)
+    assert trees.children(trees.roots + torch.tensor(row), torch.tensor(token)).tolist() == expected

@@ -15,15 +15,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from tests.unit.strategies import deterministic, trees
+from tests.unit.strategies import deterministic, path_to, trees
 from vllm_medusa.attention.cpu import (
     TreeCPUAttentionImpl,
     TreeCPUAttentionMetadata,
     TreeCPUAttentionMetadataBuilder,
 )
 from vllm_medusa.attention.reference import tree_attention
-from vllm_medusa.step.plan import plan_step
-from vllm_medusa.tree.layout import TreeTable
+from vllm_medusa.step.trees import derive_trees
 from vllm_medusa.tree.static import cartesian
 from vllm_medusa.tree.topology import DraftTree
 
@@ -145,20 +144,23 @@ class Step:
 
     def metadata(self) -> Any:
         """Plan the step as the model runner does and build its metadata."""
-        drafted = [request.tree for request in self.requests if request.tree is not None]
-        kinds = iter(range(len(drafted)))
         num_drafts = [len(request.tree) - 1 if request.tree is not None else 0 for request in self.requests]
-        ends = self.start[1:].tolist()
-        token = torch.cat([torch.arange(end - n - 1, end) for end, n in zip(ends, num_drafts, strict=True)])
-        plan = plan_step(
-            TreeTable(drafted or [DraftTree.chain(0)]).layout(
-                [next(kinds) if request.tree is not None else 0 for request in self.requests], num_drafts
+        parents = torch.arange(max(num_drafts) or 1).repeat(len(self.requests), 1)
+        for row, request in zip(parents, self.requests, strict=True):
+            if request.tree is not None:
+                row[: len(request.tree) - 1] = request.tree.parents[1:]
+        ends, num_tokens = self.start[1:].tolist(), int(self.start[-1])
+        self.builder.trees = derive_trees(
+            parents,
+            cu_num_rows=torch.tensor([0, *(count + 1 for count in num_drafts)]).cumsum(0),
+            logits_indices=torch.cat(
+                [torch.arange(end - count - 1, end) for end, count in zip(ends, num_drafts, strict=True)]
             ),
-            token=token,
-            token_ids=torch.zeros(int(self.start[-1]), dtype=torch.int32),
-            seq_lens=self.seq_lens,
+            input_ids=torch.zeros(num_tokens, dtype=torch.int32),
+            positions=torch.zeros(num_tokens, dtype=torch.int64),
+            max_depth=max(int(request.mask.sum(dim=1).max()) - 1 for request in self.requests),
+            num_drafting_reqs=len(self.requests),
         )
-        self.builder.rows = plan.rows
         slots = [
             self.slots(index, request.context, request.context + request.rows)
             for index, request in enumerate(self.requests)
@@ -336,6 +338,7 @@ def test_a_step_without_branching_trees_is_left_to_the_stock_op() -> None:
     assert isinstance(metadata, TreeCPUAttentionMetadata)
     assert metadata.native is not None
     assert metadata.native.token.tolist() == list(range(5))
+    assert metadata.context.tolist() == [7]
 
 
 def test_trees_that_are_alone_in_a_step_need_no_stock_metadata() -> None:
@@ -415,7 +418,7 @@ def test_attention_after_a_move_is_attention_over_the_accepted_path() -> None:
     """Accepting rows 2 and 5 of the tree, then decoding, equals decoding on a sequence that was never drafted."""
     step = Step(Layer(alibi=True), [Request(30, BRANCHING)])
     step.attend()
-    slots, path = step.slots(0, 30, 30 + len(BRANCHING)), BRANCHING.path(5)
+    slots, path = step.slots(0, 30, 30 + len(BRANCHING)), path_to(BRANCHING, 5)
     step.impl.move_kv(step.module, step.cache, slots[path], slots[: len(path)])
     follower = Step(Layer(alibi=True), [Request(30 + len(path), BRANCHING)], seed=1)
     key, value = step.contexts[0]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.strategies import deterministic, trees
+from tests.unit.strategies import deterministic, path_to, trees
 from vllm_medusa.attention.reference import tree_attention
 from vllm_medusa.tree.topology import DraftTree
 
@@ -76,7 +76,7 @@ def test_every_row_attends_as_if_its_path_alone_followed_the_context(
 ) -> None:
     output = case.attend(soft_cap=soft_cap, sliding_window=window)
     for row in range(len(case.tree)):
-        path = case.tree.path(row)
+        path = path_to(case.tree, row)
         key = torch.cat([case.key_context, case.key_tree[path]])
         value = torch.cat([case.value_context, case.value_tree[path]])
         expected = last_token_attention(case.query[row], key, value, soft_cap, window)

@@ -11,9 +11,9 @@ from tests.unit.stub_server import CHAT, MODELS, TEXT, serve
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines, Source
 from vllm_medusa.data.records import Completion, Conversation, TurnTokens
 from vllm_medusa.data.seeds import Seed, parse_seed
+from vllm_medusa.distillation import served_target
 from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling
 from vllm_medusa.distillation.served_target import ServedTarget
-from vllm_medusa.distillation import served_target
 
 SAMPLING = Sampling((0.5,), 8, seed=3)
 DIALOGUE = parse_seed({"messages": [{"role": "user", "content": content} for content in ("a", "b")]})

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic
+from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.dynamic import MAX_CANDIDATES, DynamicTree
 from vllm_medusa.tree.static import available_nodes
-from vllm_medusa.tree.topology import DraftTree
 
 
 @st.composite
@@ -36,9 +36,24 @@ def cases(draw: st.DrawFn) -> tuple[DynamicTree, torch.Tensor]:
     return tree, log_probs_for(draw, tree, draw(st.integers(1, 4)))
 
 
-def paths_of(tree: DynamicTree, candidate: torch.Tensor) -> list[tuple[int, ...]]:
-    choices = [(), *map(tuple, tree.candidates.choices)]
-    return [choices[index] for index in candidate.tolist()]
+def distinct_tokens(log_probs: torch.Tensor) -> torch.Tensor:
+    """Return tokens that tell their request, head and rank."""
+    return torch.arange(log_probs.numel()).view(log_probs.shape)
+
+
+def grow(tree: DynamicTree, log_probs: torch.Tensor, chained: torch.Tensor | None = None) -> Drafts:
+    return tree.draft(distinct_tokens(log_probs), log_probs, chained)
+
+
+def paths_of(tree: DynamicTree, drafts: Drafts, index: int) -> list[tuple[int, ...]]:
+    """Read a draft's paths off its tokens and parents, the root's first; asserts that each token is its depth's."""
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(drafts.tokens[index].tolist(), drafts.parents[index].tolist(), strict=True):
+        request, place = divmod(token, tree.num_heads * tree.top_k)
+        head, rank = divmod(place, tree.top_k)
+        assert (request, head) == (index, len(paths[parent]))
+        paths.append((*paths[parent], rank))
+    return paths
 
 
 def followed(path: tuple[int, ...]) -> int:
@@ -73,22 +88,35 @@ def best_probabilities(log_probs: torch.Tensor, nodes: int) -> list[float]:
 @given(cases())
 def test_the_most_probable_paths_are_grown_best_first(case: tuple[DynamicTree, torch.Tensor]) -> None:
     tree, log_probs = case
-    for own, candidate in zip(log_probs, tree.grow(log_probs).candidate, strict=True):
-        found = [probability(own, path) for path in paths_of(tree, candidate)]
+    drafts = grow(tree, log_probs)
+    for index, own in enumerate(log_probs):
+        found = [probability(own, path) for path in paths_of(tree, drafts, index)]
         if tree.min_probability:  # the chain comes first then
             found.sort(reverse=True)
-        assert found == pytest.approx(best_probabilities(own, tree.nodes), rel=1e-5)
+        assert found == pytest.approx(best_probabilities(own, tree.num_nodes), rel=1e-5)
+
+
+@deterministic
+@given(cases(), st.booleans())
+def test_every_path_comes_after_its_parent(case: tuple[DynamicTree, torch.Tensor], chained: bool) -> None:
+    tree, log_probs = case
+    drafts = grow(tree, log_probs, torch.full((len(log_probs),), chained))
+    node = torch.arange(tree.num_nodes)
+    assert ((drafts.parents >= 0) & (drafts.parents <= node)).all()
+    for index in range(len(log_probs)):
+        assert len(set(paths_of(tree, drafts, index))) == tree.num_nodes + 1
 
 
 @deterministic
 @given(cases())
-def test_every_path_comes_after_its_parent(case: tuple[DynamicTree, torch.Tensor]) -> None:
+def test_the_scores_are_the_paths_log_probabilities(case: tuple[DynamicTree, torch.Tensor]) -> None:
     tree, log_probs = case
-    for candidate in [*tree.grow(log_probs).candidate, tree.chain, torch.arange(len(tree))]:
-        paths = paths_of(tree, candidate)
-        assert paths[0] == ()
-        assert len(set(paths)) == len(tree)
-        assert all(path[:-1] in paths[:row] for row, path in enumerate(paths) if path)
+    drafts = grow(tree, log_probs)
+    assert drafts.log_probs is not None
+    for index, own in enumerate(log_probs):
+        length = int(drafts.lengths[index])
+        expected = [probability(own, path) for path in paths_of(tree, drafts, index)[1 : length + 1]]
+        assert drafts.log_probs[index, :length].exp().tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @deterministic
@@ -98,9 +126,9 @@ def test_rows_are_left_out_that_are_improbable_and_branches_that_are_not_worth_a
 ) -> None:
     tree, log_probs = case
     floor = tree.min_probability
-    grown = tree.grow(log_probs)
-    for own, candidate, length in zip(log_probs, grown.candidate, grown.length.tolist(), strict=True):
-        paths = paths_of(tree, candidate)
+    drafts = grow(tree, log_probs)
+    for index, own in enumerate(log_probs):
+        paths, length = paths_of(tree, drafts, index), int(drafts.lengths[index]) + 1
         probabilities = {path: probability(own, path) for path in paths}
         if not floor:
             assert paths[:length] == [path for path, each in probabilities.items() if each > 0]
@@ -119,48 +147,40 @@ def test_rows_are_left_out_that_are_improbable_and_branches_that_are_not_worth_a
 
 @deterministic
 @given(cases())
-def test_the_stack_holds_each_requests_tree(case: tuple[DynamicTree, torch.Tensor]) -> None:
+def test_chained_requests_draft_the_chain_of_top_tokens_and_the_others_their_trees(
+    case: tuple[DynamicTree, torch.Tensor],
+) -> None:
     tree, log_probs = case
-    candidates = tree.grow(log_probs).candidate
-    stack = tree.stack(candidates)
-    for index, candidate in enumerate(candidates):
-        paths = paths_of(tree, candidate)
-        expected = DraftTree.from_parents([-1, *(paths.index(path[:-1]) for path in paths[1:])])
-        assert torch.equal(stack.parents[index], expected.parents)
-        assert torch.equal(stack.depths[index], expected.depths)
-        assert torch.equal(stack.ancestors[index], expected.ancestors)
-        assert torch.equal(stack.words[index], expected.bitmasks)
-
-
-@deterministic
-@given(cases())
-def test_each_row_carries_the_token_of_its_head_and_rank(case: tuple[DynamicTree, torch.Tensor]) -> None:
-    tree, log_probs = case
-    tokens = torch.randperm(log_probs.numel(), generator=torch.Generator().manual_seed(0)).view(log_probs.shape)
-    candidates = tree.grow(log_probs).candidate
-    for own, candidate, drafted in zip(tokens, candidates, tree.fill(candidates, tokens).tolist(), strict=True):
-        paths = paths_of(tree, candidate)[1:]
-        assert drafted == [own[len(path) - 1, path[-1]].item() for path in paths]
+    chained = torch.arange(len(log_probs)) % 2 == 0
+    drafts, others = grow(tree, log_probs, chained), grow(tree, log_probs)
+    for index, is_chain in enumerate(chained.tolist()):
+        paths, length = paths_of(tree, drafts, index), int(drafts.lengths[index])
+        if is_chain:
+            chain = [(0,) * depth for depth in range(1, tree.depth + 1)]
+            assert paths[1 : length + 1] == chain[:length]
+            probable = [probability(log_probs[index], path) for path in chain]
+            floor = tree.min_probability
+            if not any(abs(each - floor) < 1e-6 for each in probable) or not floor:
+                assert length == sum(each > 0 and each >= floor for each in probable)
+        else:
+            assert paths == paths_of(tree, others, index)
+            assert length == others.lengths[index]
 
 
 def test_top_tokens_of_different_heads_mostly_come_true_together() -> None:
     """By the product alone (0.36 and 0.4), the second head's first token would come after the first head's second."""
     tree = DynamicTree(2, 2, 2, 0.0)
-    grown = tree.grow(torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log())
-    assert paths_of(tree, grown.candidate[0]) == [(), (0,), (0, 0)]
+    drafts = grow(tree, torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).log())
+    assert paths_of(tree, drafts, 0) == [(), (0,), (0, 0)]
 
 
 @pytest.mark.parametrize("min_probability", [0.0, 1e-50, 0.1])
 def test_a_head_that_predicts_no_numbers_drafts_nothing(min_probability: float) -> None:
     tree = DynamicTree(2, 4, 2, min_probability)
-    grown = tree.grow(torch.full((1, 2, 2), math.nan))
-    assert grown.length.tolist() == [1]
-    assert paths_of(tree, grown.candidate[0])[0] == ()
-
-
-def test_the_chain_comes_first_where_it_is_asked_for() -> None:
-    tree = DynamicTree(3, 7, 4, 0.0)
-    assert paths_of(tree, tree.chain)[: tree.chain_length + 1] == [(), (0,), (0, 0), (0, 0, 0)]
+    drafts = grow(tree, torch.full((1, 2, 2), math.nan))
+    assert drafts.lengths.tolist() == [0]
+    assert drafts.padded_tokens().tolist() == [[-1] * 4]
+    assert paths_of(tree, drafts, 0)[0] == ()
 
 
 def test_more_nodes_than_there_are_paths_are_refused() -> None:

@@ -23,10 +23,9 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_medusa.attention.metadata import TreeMetadataBuilder, TreeRows
-from vllm_medusa.attention.triton.ops import CAUSAL, AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.attention.metadata import TreeMetadataBuilder
+from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
 from vllm_medusa.compat.backends import overridden
-from vllm_medusa.tree.topology import WORD_BITS
 
 
 def tree_attention_selected() -> AbstractContextManager[None]:
@@ -60,7 +59,7 @@ class TreeAttentionMetadata:
 class TreeBuilderMixin(TreeMetadataBuilder):
     """Splits a step between our kernel and the native backend.
 
-    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host. The masks
+    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host. The trees
     lie in buffers that stay where they are: a CUDA graph of uniform decodes, which is all ours, reads them in replay.
     """
 
@@ -68,13 +67,11 @@ class TreeBuilderMixin(TreeMetadataBuilder):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        scheduler, self._max_rows = vllm_config.scheduler_config, vllm_config.num_speculative_tokens + 1
-        tokens, words = scheduler.max_num_batched_tokens, -(-self._max_rows // WORD_BITS)
-        self._ancestors = torch.full((tokens, words), CAUSAL, dtype=torch.int64, device=device)
-        self._depth = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._max_rows = vllm_config.num_speculative_tokens + 1
         # Any other device is Triton's interpreter, which runs one program after the other.
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._workspace = Workspace.allocate(kv_cache_spec.head_size, scheduler.max_num_seqs, processors, device)
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._workspace = Workspace.allocate(kv_cache_spec.head_size, max_num_reqs, processors, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
@@ -90,11 +87,10 @@ class TreeBuilderMixin(TreeMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         """Build vLLM's own metadata, or in a step that verifies drafts ours, around it where both have a part."""
-        rows, common = self.rows, common_attn_metadata
-        if rows is None or not rows.layout.drafting_requests:
+        trees, common = self.trees, common_attn_metadata
+        if trees is None or not trees.num_drafting_reqs:
             return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
-        self._mask(common.num_actual_tokens, rows)
-        requests = rows.layout.drafting_requests
+        requests = trees.num_drafting_reqs
         start = common.query_start_loc_cpu.numpy()
         tokens, total = int(start[requests]), int(start[common.num_reqs])
         native = None
@@ -102,20 +98,16 @@ class TreeBuilderMixin(TreeMetadataBuilder):
             native = super().build(0, _behind(common, requests, tokens), fast_build)  # type: ignore[misc]
         return self._ours(common, requests, tokens, int(np.diff(start[: requests + 1]).max()), native)
 
-    def _mask(self, num_tokens: int, rows: TreeRows) -> None:
-        self._ancestors[:num_tokens, 0].fill_(CAUSAL)
-        self._ancestors.index_copy_(0, rows.token, rows.layout.words)
-        self._depth.index_copy_(0, rows.token, rows.layout.depth)
-
     def _ours(
         self, common: CommonAttentionMetadata, requests: int, tokens: int, max_rows: int, native: Any | None
     ) -> TreeAttentionMetadata:
+        assert self.trees is not None
         step = AttentionStep(
             query_start=common.query_start_loc[: requests + 1],
             seq_lens=common.seq_lens[:requests],
             block_table=common.block_table_tensor[:requests],
-            ancestors=self._ancestors[:tokens],
-            depth=self._depth[:tokens],
+            ancestors=self.trees.ancestors[:tokens],
+            depth=self.trees.depths[:tokens],
             max_rows=max_rows,
         )
         return TreeAttentionMetadata(step, tokens, self._workspace, native)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_medusa.tree.topology import WORD_BITS
+from vllm_medusa.step.trees import WORD_BITS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 BITS = tl.constexpr(WORD_BITS)

@@ -10,9 +10,6 @@ from triton import cdiv, next_power_of_2
 
 from vllm_medusa.attention.triton.kernels import attend_kernel, merge_kernel
 
-CAUSAL = -1
-"""First ancestor word of a row that sees every slot up to its own; a tree's words have no sign bit."""
-
 MIN_DOT = 16
 """The smallest side of a matrix that Triton multiplies."""
 
@@ -41,9 +38,8 @@ class AttentionStep:
         query_start: ``[requests + 1]``, int32: each request's first row among the tokens.
         seq_lens: ``[requests]``, int32: context and rows.
         block_table: ``[requests, blocks]``, int32.
-        ancestors: ``[tokens, words]``, int64, contiguous: ``DraftTree.bitmasks`` of a tree's rows, ``CAUSAL`` in the
-            first word of all others.
-        depth: ``[tokens]``, int32 or int64, contiguous: a tree row's position is ``c + depth``; unused for causal rows.
+        ancestors: ``[tokens, words]``, int64, contiguous: ``StepTrees.ancestors``.
+        depth: ``[tokens]``, int32 or int64, contiguous: ``StepTrees.depths``.
         max_rows: at least the rows of the request with most, known on the host.
 
     """

@@ -20,9 +20,9 @@ from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.config import check_engine
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
 from vllm_medusa.runner.proposer import MedusaProposer
-from vllm_medusa.runner.v1.drafts import drafts_of
+from vllm_medusa.runner.v1.drafts import WaitingDrafts
 from vllm_medusa.runner.v1.sampling import TreeSampler
-from vllm_medusa.step.plan import StepPlan, plan_step
+from vllm_medusa.step.trees import StepTrees, derive_trees
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -33,8 +33,9 @@ class MedusaModelRunner(CPUModelRunner):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_engine(vllm_config)
         super().__init__(vllm_config, device)
-        self._drafts = drafts_of(self.drafter)
-        self._plan: StepPlan | None = None
+        self._drafts = WaitingDrafts(self.drafter.tree.num_nodes)
+        self._max_depth = self.drafter.tree.depth
+        self._trees: StepTrees | None = None
         self._walk: Walk | None = None
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
@@ -60,36 +61,35 @@ class MedusaModelRunner(CPUModelRunner):
         """Let vLLM prepare the batch as chains, then put each row of a tree at the position of its depth."""
         logits_indices, metadata, max_sampled = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         assert metadata is not None
-        # The scheduler pads some new decodes with drafts of -1, which have no embedding and are carried by no draw.
-        token_ids = self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens]
-        req_ids = self.input_batch.req_ids
-        plan = plan_step(
-            self._drafts.layout(req_ids, self._chained, metadata.num_draft_tokens),
-            token=logits_indices.long(),
-            token_ids=token_ids,
-            seq_lens=self.seq_lens[: len(req_ids)],
+        # vLLM has computed slots from the positions of a chain, and they stay: row i of a tree is at slot context + i.
+        num_drafts = np.array(metadata.num_draft_tokens)
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        self._trees = derive_trees(
+            self._drafts.parents(self.input_batch.req_ids),
+            cu_num_rows=torch.from_numpy(np.cumsum([0, *(num_drafts + 1)])),
+            logits_indices=logits_indices.long(),
+            input_ids=self.input_ids.gpu[:num_tokens],
+            positions=self.positions[:num_tokens],
+            max_depth=min(self._max_depth, int(num_drafts.max())),
+            num_drafting_reqs=int(np.max(np.nonzero(num_drafts)[0] + 1, initial=0)),
         )
-        token_ids.clamp_(min=0)
-        # Slots were computed from the positions of a chain above, and stay: row i of a tree is at slot context + i.
-        plan.place(self.positions)
-        self._plan = plan
         return logits_indices, metadata, max_sampled
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, CommonAttentionMetadata | None]:
         """Tell the metadata builders of the step's trees; warm-up runs build before any step and have none."""
-        announce_trees(self._attn_group_iterator(), self._plan.rows if self._plan is not None else None)
+        announce_trees(self._attn_group_iterator(), self._trees)
         return super()._build_attention_metadata(*args, **kwargs)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         """Walk the trees with the stock sampler and commit the accepted rows' keys and values."""
         assert logits is not None
-        assert self._plan is not None
-        plan, self._plan = self._plan, None
+        assert self._trees is not None
+        trees, self._trees = self._trees, None
         discarded = torch.from_numpy(self.discard_request_mask.np[: self.input_batch.num_reqs])
         with TreeSampler(self.sampler, self.input_batch, logits, discarded) as sampler:
-            accepted = walk(plan.trees, sampler.draw)
+            accepted = walk(trees, sampler.draw)
         tables = self.input_batch.block_table.block_tables
-        self._commit(plan, accepted, [table.slot_mapping.gpu for table in tables])
+        self._commit(trees, accepted, [table.slot_mapping.gpu for table in tables])
         self._walk = accepted
         return SamplerOutput(
             sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=sampler.stacked_logprobs()
@@ -121,11 +121,15 @@ class MedusaModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """Draft from the hidden state of the row where each request stopped."""
         assert self._walk is not None
-        hidden = sample_hidden_states[self._walk.last_row]
-        return self._drafts.propose(self.input_batch.req_ids, self._chained, hidden)
+        drafts = self.drafter.propose(sample_hidden_states[self._walk.last_row], self._chained())
+        self._drafts.keep(self.input_batch.req_ids, drafts)
+        return [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
 
-    @property
-    def _chained(self) -> list[bool]:
-        """For each request whether the scheduler advances a grammar along the draft, which must be a chain then."""
+    def _chained(self) -> torch.Tensor | None:
+        """Return which requests follow a grammar, ``[num_reqs]``, bool; None if none does.
+
+        The scheduler advances the grammar along the draft, which must be a chain then.
+        """
         params = (self.requests[req_id].sampling_params for req_id in self.input_batch.req_ids)
-        return [each is not None and each.structured_outputs is not None for each in params]
+        chained = [each is not None and each.structured_outputs is not None for each in params]
+        return torch.tensor(chained) if any(chained) else None

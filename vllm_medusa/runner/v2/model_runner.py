@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu import model_runner
@@ -25,18 +26,19 @@ from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.runner.proposer import MedusaProposer
-from vllm_medusa.runner.v2.drafts import drafts_of
+from vllm_medusa.runner.v2.drafts import WaitingDrafts
 from vllm_medusa.runner.v2.sampling import TreeVerifier
-from vllm_medusa.step.plan import CHAIN, TREE, StepPlan, plan_step
-from vllm_medusa.tree.rows import put
+from vllm_medusa.step.derive_kernel import derive_trees_on_device
+from vllm_medusa.step.trees import StepTrees
 
 
 class MedusaSpeculator(BaseSpeculator):
     """The proposer in V2's terms.
 
     Attributes:
-        last_token: ``[requests]``, int64: index of the token at whose row each request of the step stopped.
-        chained: ``[requests]``, bool: requests whose draft must be the top-1 path; None if there are none.
+        last_token: ``[num_reqs]``, int64: index of the token at whose row each request of the step stopped.
+        chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
+        drafts: the trees of drafts that wait for their verification.
 
     """
 
@@ -45,7 +47,7 @@ class MedusaSpeculator(BaseSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.proposer = MedusaProposer(vllm_config)
-        self.drafts = drafts_of(self.proposer, vllm_config.scheduler_config.max_num_seqs, device)
+        self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
         self.last_token: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
 
@@ -71,15 +73,17 @@ class MedusaSpeculator(BaseSpeculator):
     ) -> torch.Tensor:
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
         if dummy_run:
-            return self.drafts.propose(last_hidden_states[: input_batch.num_reqs], None, None)
-        return self.drafts.propose(last_hidden_states[self.last_token], self.chained, input_batch.idx_mapping)
+            return self.proposer.propose(last_hidden_states[: input_batch.num_reqs]).tokens
+        drafts = self.proposer.propose(last_hidden_states[self.last_token], self.chained)
+        self.drafts.keep(input_batch.idx_mapping, drafts)
+        return drafts.tokens if self.chained is None else drafts.padded_tokens()
 
 
 class MedusaModelRunner(GPUModelRunner):
     """Lets V2 verify trees: it adapts positions, attention metadata, verification and drafting, and leaves the rest.
 
-    Nothing here waits for the device: what a step's trees look like follows from what the scheduler says, and what
-    becomes of them stays on the device, so asynchronous scheduling works.
+    Nothing here waits for the device: the trees stay there from the step that drafts them to the one that verifies
+    them, so asynchronous scheduling works.
     """
 
     speculator: MedusaSpeculator
@@ -96,8 +100,11 @@ class MedusaModelRunner(GPUModelRunner):
                 "which verifies as many rows for every request; leave it out"
             )
         super().__init__(vllm_config, device)
-        self._kind = np.full(self.max_num_reqs, TREE)
-        self._plan: StepPlan | None = None
+        self._follows_grammar = np.zeros(self.max_num_reqs, dtype=bool)
+        tree = self.speculator.proposer.tree
+        self._max_depth = tree.depth
+        self._buffers = StepTrees.allocate(tree.num_nodes, self.max_num_reqs, self.max_num_tokens, device)
+        self._trees = self._buffers
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load target and heads, the target's attention layers with the tree backend."""
@@ -105,66 +112,70 @@ class MedusaModelRunner(GPUModelRunner):
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         assert self.sampler is not None
-        self.rejection_sampler = TreeVerifier(self.sampler, len(self.speculator.proposer.tree))
+        self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.proposer.tree.num_nodes + 1)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.speculator.proposer.tree.branches:
             check_backends(group for groups in self.attn_groups for group in groups)
+        self._announce(self._buffers)
         self._commit = self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Add the step's new requests, and note which follow a grammar, along a chain."""
+        """Add the step's new requests, and note which follow a grammar: their drafts must be chains."""
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            follows_grammar = params is not None and params.structured_outputs is not None
-            self._kind[self.req_states.req_id_to_index[request.req_id]] = CHAIN if follows_grammar else TREE
+            slot = self.req_states.req_id_to_index[request.req_id]
+            self._follows_grammar[slot] = params is not None and params.structured_outputs is not None
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Let vLLM map slots as for chains, then put each row of a tree at the position of its depth."""
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        drafts = input_batch.num_draft_tokens_per_req
-        plan = plan_step(
-            self.speculator.drafts.layout(
-                input_batch.idx_mapping,
-                self._kind[input_batch.idx_mapping_np].tolist(),
-                drafts.tolist() if drafts is not None else [0] * input_batch.num_reqs,
-            ),
-            token=input_batch.logits_indices,
-            token_ids=input_batch.input_ids,
-            seq_lens=input_batch.seq_lens[: input_batch.num_reqs],
+        num_drafts = input_batch.num_draft_tokens_per_req
+        if num_drafts is None:
+            num_drafts = np.zeros(input_batch.num_reqs, dtype=np.int32)
+        self._trees = derive_trees_on_device(
+            self.speculator.drafts.by_slot,
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            input_batch.cu_num_logits,
+            input_batch.logits_indices,
+            input_batch.input_ids,
+            input_batch.positions,
+            max_depth=min(self._max_depth, int(num_drafts.max())),
+            num_drafting_reqs=int(np.max(np.nonzero(num_drafts)[0] + 1, initial=0)),
+            buffers=self._buffers,
         )
-        # Drafts that the scheduler has padded are -1, which has no embedding and is carried by no draw.
-        input_batch.input_ids.clamp_(min=0)
-        plan.place(input_batch.positions)
-        announce_trees((group for groups in self.attn_groups for group in groups), plan.rows)
-        self._plan, self._slots = plan, slot_mappings
+        self._announce(self._trees)
+        self._slots = slot_mappings
         return block_tables, slot_mappings
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Prepare a warm-up run, which has no trees."""
-        announce_trees((group for groups in self.attn_groups for group in groups), None)
+        self._announce(self._buffers)
         return super().prepare_dummy_attn(*args, **kwargs)
 
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """Walk the trees in the place of rejection sampling, and commit the accepted rows' keys and values."""
-        plan, verifier = self._plan, self.rejection_sampler
-        assert plan is not None
+        trees, verifier = self._trees, self.rejection_sampler
         assert isinstance(verifier, TreeVerifier)
-        verifier.plan, verifier.accepted = plan, None
+        verifier.trees, verifier.accepted = trees, None
         sampled = super().sample(hidden_states, input_batch, grammar_output)
-        last_row = plan.trees.root
+        last_row = trees.roots
         if verifier.accepted is not None:
-            self._commit(plan, verifier.accepted, list(self._slots))
+            self._commit(trees, verifier.accepted, list(self._slots))
             last_row = verifier.accepted.last_row
-        self.speculator.last_token = plan.token[last_row]
-        chained = self._kind[input_batch.idx_mapping_np] == CHAIN
-        self.speculator.chained = put(torch.from_numpy(chained), self.device) if chained.any() else None
+        self.speculator.last_token = trees.logits_indices[last_row]
+        chained = self._follows_grammar[input_batch.idx_mapping_np]
+        self.speculator.chained = async_tensor_h2d(chained, device=self.device) if chained.any() else None
         return sampled
+
+    def _announce(self, trees: StepTrees) -> None:
+        announce_trees((group for groups in self.attn_groups for group in groups), trees)
 
 
 def _build_speculator(init: Any) -> Any:

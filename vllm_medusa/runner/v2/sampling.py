@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from vllm_medusa.acceptance.exact import Draw, Walk, walk
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
-from vllm_medusa.step.plan import StepPlan
+from vllm_medusa.step.trees import StepTrees
 
 
 class TreeVerifier:
@@ -30,7 +30,7 @@ class TreeVerifier:
     Attributes:
         sampler: the target's sampler.
         max_rows: rows of the largest tree.
-        plan: the step's trees, set before each call.
+        trees: the step's trees, set before each call.
         accepted: where the last call's walk went.
 
     """
@@ -38,7 +38,7 @@ class TreeVerifier:
     def __init__(self, sampler: Sampler, max_rows: int) -> None:
         self.sampler = sampler
         self.max_rows = max_rows
-        self.plan: StepPlan | None = None
+        self.trees: StepTrees | None = None
         self.accepted: Walk | None = None
 
     def __call__(
@@ -49,16 +49,16 @@ class TreeVerifier:
         invalid_drafts: torch.Tensor | None = None,  # [rows], bool
     ) -> SamplerOutput:
         """Draw, walk, and report as V2's rejection sampler does."""
-        assert self.plan is not None
-        trees = self.plan.trees
+        assert self.trees is not None
+        trees = self.trees
         if invalid_drafts is not None:
             # Rows past what the grammar accepts carry masks of no meaning, so no draw may step to them.
-            trees.token.masked_fill_(invalid_drafts, -1)
+            trees.tokens.masked_fill_(invalid_drafts, -1)
         nans = get_num_nans(logits) if self.sampler.compute_nans else None
         if self._depends_on_path(input_batch):
-            self.accepted = walk(trees, self._draw_by_level(logits, input_batch, self.plan))
+            self.accepted = walk(trees, self._draw_by_level(logits, input_batch, trees))
         else:
-            self.accepted = walk_drawn(trees, self._draw_at_once(logits, input_batch, self.plan), self.max_rows)
+            self.accepted = walk_drawn(trees, self._draw_at_once(logits, input_batch, trees), self.max_rows)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             self.accepted.lengths.to(torch.int32),
             input_batch.seq_lens,
@@ -92,16 +92,16 @@ class TreeVerifier:
         budget = sampler.thinking_budget_state
         return bool(budget.enabled and budget.use_thinking_budget[requests].any())
 
-    def _draw_at_once(self, logits: torch.Tensor, input_batch: InputBatch, plan: StepPlan) -> torch.Tensor:
+    def _draw_at_once(self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees) -> torch.Tensor:
         return self._sample(
             logits,
             input_batch,
-            plan.token,
+            trees.logits_indices,
             input_batch.expanded_idx_mapping,
             input_batch.expanded_local_pos,
         )
 
-    def _draw_by_level(self, logits: torch.Tensor, input_batch: InputBatch, plan: StepPlan) -> Draw:
+    def _draw_by_level(self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees) -> Draw:
         path: list[torch.Tensor] = []
 
         def draw(row: torch.Tensor, walking: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ class TreeVerifier:
             drawn = self._sample(
                 logits[rows],
                 input_batch,
-                plan.token[rows],
+                trees.logits_indices[rows],
                 input_batch.idx_mapping.repeat_interleave(levels),
                 torch.arange(levels, dtype=torch.int32, device=rows.device).repeat(requests),
             )

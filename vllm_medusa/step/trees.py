@@ -1,0 +1,166 @@
+"""The draft trees that one step verifies, as positions, attention, the walk and the KV commit need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_medusa.tree.drafts import NO_TOKEN
+from vllm_medusa.tree.topology import ROOT
+
+WORD_BITS = 63
+"""Rows per word of an ancestor bitmask: the sign bit of an int64 stays clear, so shifts need no care."""
+
+CAUSAL = -1
+"""First ancestor word of a token that sees every token of its request up to itself; a row's words have no sign bit."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepTrees:
+    """The draft trees of one step. All tensors live on one device.
+
+    A row is a place whose logits the step computes: the rows of a request are its root and its drafted tokens, its last
+    tokens in the step. A request without a draft has one row. In a request of several rows all tokens are rows.
+
+    Attributes:
+        cu_num_rows: ``[num_reqs + 1]``, int: each request's first row, its root; at the end the number of rows (vLLM's
+            ``cu_num_logits``).
+        logits_indices: ``[num_rows]``, int: each row's index among the step's tokens.
+        tokens: ``[num_rows]``, int64: the token ids; ``NO_TOKEN`` where the scheduler has padded a draft.
+        parents: ``[num_rows]``, int64: the parent's index among all rows; ``ROOT`` for roots.
+        depths: ``[num_tokens]``, int64: edges between a row's token and its root; of no meaning for other tokens.
+        ancestors: ``[num_tokens, num_words]``, int64, contiguous: bit ``j % 63`` of word ``j // 63`` is set where the
+            token may attend to row j of its request. A request whose first token has ``CAUSAL`` is causal.
+        max_depth: at least the deepest tree's depth.
+        num_drafting_reqs: requests up to the last one with a draft.
+
+    """
+
+    cu_num_rows: torch.Tensor
+    logits_indices: torch.Tensor
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    depths: torch.Tensor
+    ancestors: torch.Tensor
+    max_depth: int
+    num_drafting_reqs: int
+
+    @property
+    def roots(self) -> torch.Tensor:
+        """``[num_reqs]``, int: each request's root, an index among all rows."""
+        return self.cu_num_rows[:-1]
+
+    def children(
+        self,
+        rows: torch.Tensor,  # [num_reqs], int64
+        tokens: torch.Tensor,  # [num_reqs], int64
+    ) -> torch.Tensor:
+        """Find the child that carries a token.
+
+        Args:
+            rows: the row where each request stands.
+            tokens: the token drawn there.
+
+        Returns:
+            ``[num_reqs]``, int64: the child's row, -1 where no child carries the token.
+
+        """
+        drawn = torch.full_like(self.tokens, NO_TOKEN - 1).index_copy_(0, rows, tokens)
+        parents = self.parents.clamp(min=0)
+        is_child = (drawn[parents] == self.tokens) & (self.parents >= 0)
+        row = torch.arange(len(parents), device=parents.device)
+        child = torch.full_like(parents, -1)
+        return child.scatter_reduce_(0, parents, torch.where(is_child, row, -1), "amax")[rows]
+
+    def branching_reqs(self) -> torch.Tensor:
+        """Return the requests whose trees are no chains, ``[num_branching]``, int64; waits for the device."""
+        row = torch.arange(len(self.parents), device=self.parents.device)
+        bent = ((self.parents >= 0) & (self.parents != row - 1)).nonzero().flatten()
+        return torch.bucketize(bent, self.cu_num_rows, right=True).unique() - 1
+
+    @classmethod
+    def allocate(cls, num_nodes: int, max_num_reqs: int, max_num_tokens: int, device: torch.device) -> StepTrees:
+        """Allocate what ``derive_kernel`` fills for every step; before the first one, all tokens are causal.
+
+        Args:
+            num_nodes: of the largest tree.
+            max_num_reqs: requests of the largest step.
+            max_num_tokens: tokens of the largest step.
+            device: where to.
+
+        """
+        max_num_rows = min(max_num_reqs * (num_nodes + 1), max_num_tokens)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+        return cls(
+            cu_num_rows=zeros(1),
+            logits_indices=zeros(0),
+            tokens=zeros(max_num_rows),
+            parents=zeros(max_num_rows),
+            depths=zeros(max_num_tokens),
+            ancestors=zeros(max_num_tokens, num_words(num_nodes)).fill_(CAUSAL),
+            max_depth=0,
+            num_drafting_reqs=0,
+        )
+
+
+def num_words(num_nodes: int) -> int:
+    """Return how many words hold the ancestors of a tree's rows."""
+    return -(-(num_nodes + 1) // WORD_BITS)
+
+
+def derive_trees(
+    parents: torch.Tensor,  # [num_reqs, num_nodes], int64
+    cu_num_rows: torch.Tensor,  # [num_reqs + 1], int64
+    logits_indices: torch.Tensor,  # [num_rows], int64
+    input_ids: torch.Tensor,  # [num_tokens], int
+    positions: torch.Tensor,  # [num_tokens], int64
+    max_depth: int,
+    num_drafting_reqs: int,
+) -> StepTrees:
+    """Derive a step's trees from its drafts' parents and lengths, by pointer jumping.
+
+    vLLM has prepared the step as if its drafts were chains. In place, each row of a tree moves to the position of its
+    depth, and tokens that the scheduler has padded, which have no embedding, become token 0.
+
+    Args:
+        parents: ``Drafts.parents`` of each request; of a draft that the scheduler has cut, only the first count.
+        cu_num_rows: each request's first row.
+        logits_indices: each row's index among the step's tokens.
+        input_ids: the step's tokens.
+        positions: their positions.
+        max_depth: at least the deepest tree's depth.
+        num_drafting_reqs: requests up to the last one with a draft.
+
+    """
+    num_rows, num_tokens, device = len(logits_indices), len(input_ids), parents.device
+    request = torch.repeat_interleave(cu_num_rows.diff(), output_size=num_rows)
+    root = cu_num_rows[request]
+    row = torch.arange(num_rows, device=device) - root
+    is_node = row > 0
+    # A root's parent is itself, so that jumps end there.
+    above = root + torch.where(is_node, parents[request, (row - 1).clamp_(min=0)], 0)
+    tree_parents = torch.where(is_node, above, ROOT)
+    depths = is_node.long()
+    words = torch.zeros(num_rows, num_words(parents.shape[1]), dtype=torch.int64, device=device)
+    words.scatter_(1, (row // WORD_BITS)[:, None], (1 << row % WORD_BITS)[:, None])
+    for _ in range(max_depth.bit_length()):
+        words |= words[above]
+        depths += depths[above]
+        above = above[above]
+    tokens = input_ids[logits_indices].long()
+    input_ids.clamp_(min=0)
+    positions.index_add_(0, logits_indices, depths - row)
+    return StepTrees(
+        cu_num_rows=cu_num_rows,
+        logits_indices=logits_indices,
+        tokens=tokens,
+        parents=tree_parents,
+        depths=depths.new_zeros(num_tokens).index_copy_(0, logits_indices, depths),
+        ancestors=words.new_full((num_tokens, words.shape[1]), CAUSAL).index_copy_(0, logits_indices, words),
+        max_depth=max_depth,
+        num_drafting_reqs=num_drafting_reqs,
+    )

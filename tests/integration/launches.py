@@ -119,7 +119,9 @@ class Watch(TorchDispatchMode):
 
 def ours(frame: FrameType | None) -> str | None:
     """Return where in the plugin an operation was started; None if it was started elsewhere."""
-    while frame is not None and any(part in frame.f_code.co_filename for part in ("/torch/", "/triton/")):
+    while frame is not None and any(
+        f"/site-packages/{part}/" in frame.f_code.co_filename for part in ("torch", "triton")
+    ):
         frame = frame.f_back
     if frame is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_medusa.tree.drafts import NO_TOKEN
@@ -33,7 +34,7 @@ class StepTrees:
         ancestors: ``[num_tokens, num_words]``, int64, contiguous: bit ``j % 63`` of word ``j // 63`` is set where the
             token may attend to row j of its request. A request whose first token has ``CAUSAL`` is causal.
         max_depth: at least the deepest tree's depth.
-        num_drafting_reqs: requests up to the last one with a draft.
+        num_drafting_reqs: ``count_drafting_reqs``.
 
     """
 
@@ -107,6 +108,13 @@ class StepTrees:
         )
 
 
+def count_drafting_reqs(
+    num_drafts: np.ndarray,  # [num_reqs], int
+) -> int:
+    """Return the number of requests up to the last one that has a draft."""
+    return int(np.flatnonzero(num_drafts).max(initial=-1)) + 1
+
+
 def num_words(num_nodes: int) -> int:
     """Return how many words hold the ancestors of a tree's rows."""
     return -(-(num_nodes + 1) // WORD_BITS)
@@ -133,7 +141,7 @@ def derive_trees(
         input_ids: the step's tokens.
         positions: their positions.
         max_depth: at least the deepest tree's depth.
-        num_drafting_reqs: requests up to the last one with a draft.
+        num_drafting_reqs: ``count_drafting_reqs``.
 
     """
     num_rows, num_tokens, device = len(logits_indices), len(input_ids), parents.device

@@ -20,9 +20,10 @@ from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.config import check_engine
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
 from vllm_medusa.runner.proposer import MedusaProposer
+from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
 from vllm_medusa.runner.v1.sampling import TreeSampler
-from vllm_medusa.step.trees import StepTrees, derive_trees
+from vllm_medusa.step.trees import StepTrees, count_drafting_reqs, derive_trees
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -48,6 +49,7 @@ class MedusaModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.drafter.tree.branches:
             check_backends(self._attn_group_iterator())
+        log_start(self.vllm_config, self.drafter.tree, self._attn_group_iterator())
         self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
@@ -70,8 +72,8 @@ class MedusaModelRunner(CPUModelRunner):
             logits_indices=logits_indices.long(),
             input_ids=self.input_ids.gpu[:num_tokens],
             positions=self.positions[:num_tokens],
-            max_depth=min(self._max_depth, int(num_drafts.max())),
-            num_drafting_reqs=int(np.max(np.nonzero(num_drafts)[0] + 1, initial=0)),
+            max_depth=self._max_depth,
+            num_drafting_reqs=count_drafting_reqs(num_drafts),
         )
         return logits_indices, metadata, max_sampled
 

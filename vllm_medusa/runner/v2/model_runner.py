@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any
@@ -19,6 +20,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.attention.triton import backend as triton
@@ -26,10 +28,11 @@ from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.runner.proposer import MedusaProposer
+from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v2.drafts import WaitingDrafts
 from vllm_medusa.runner.v2.sampling import TreeVerifier
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
-from vllm_medusa.step.trees import StepTrees
+from vllm_medusa.step.trees import StepTrees, count_drafting_reqs
 
 
 class MedusaSpeculator(BaseSpeculator):
@@ -117,9 +120,11 @@ class MedusaModelRunner(GPUModelRunner):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        if self.speculator.proposer.tree.branches:
-            check_backends(group for groups in self.attn_groups for group in groups)
-        self._announce(self._buffers)
+        tree = self.speculator.proposer.tree
+        if tree.branches:
+            check_backends(self._groups())
+        log_start(self.vllm_config, tree, self._groups())
+        announce_trees(self._groups(), self._buffers)
         self._commit = self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -134,8 +139,6 @@ class MedusaModelRunner(GPUModelRunner):
         """Let vLLM map slots as for chains, then put each row of a tree at the position of its depth."""
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         num_drafts = input_batch.num_draft_tokens_per_req
-        if num_drafts is None:
-            num_drafts = np.zeros(input_batch.num_reqs, dtype=np.int32)
         self._trees = derive_trees_on_device(
             self.speculator.drafts.by_slot,
             input_batch.idx_mapping,
@@ -144,17 +147,17 @@ class MedusaModelRunner(GPUModelRunner):
             input_batch.logits_indices,
             input_batch.input_ids,
             input_batch.positions,
-            max_depth=min(self._max_depth, int(num_drafts.max())),
-            num_drafting_reqs=int(np.max(np.nonzero(num_drafts)[0] + 1, initial=0)),
+            max_depth=self._max_depth,
+            num_drafting_reqs=count_drafting_reqs(num_drafts) if num_drafts is not None else 0,
             buffers=self._buffers,
         )
-        self._announce(self._trees)
+        announce_trees(self._groups(), self._trees)
         self._slots = slot_mappings
         return block_tables, slot_mappings
 
     def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Prepare a warm-up run, which has no trees."""
-        self._announce(self._buffers)
+        announce_trees(self._groups(), self._buffers)
         return super().prepare_dummy_attn(*args, **kwargs)
 
     def sample(
@@ -174,8 +177,8 @@ class MedusaModelRunner(GPUModelRunner):
         self.speculator.chained = async_tensor_h2d(chained, device=self.device) if chained.any() else None
         return sampled
 
-    def _announce(self, trees: StepTrees) -> None:
-        announce_trees((group for groups in self.attn_groups for group in groups), trees)
+    def _groups(self) -> Iterator[AttentionGroup]:
+        return (group for groups in self.attn_groups for group in groups)
 
 
 def _build_speculator(init: Any) -> Any:

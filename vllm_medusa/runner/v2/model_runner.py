@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -21,6 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.attention.triton import backend as triton
+from vllm_medusa.compat.runners import speculator
 from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
@@ -95,7 +94,8 @@ class MedusaModelRunner(GPUModelRunner):
                 f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
                 "which verifies as many rows for every request; leave it out"
             )
-        super().__init__(vllm_config, device)
+        with speculator(MedusaSpeculator):
+            super().__init__(vllm_config, device)
         self._kind = np.full(self.max_num_reqs, TREE)
         self._plan: StepPlan | None = None
 
@@ -165,17 +165,3 @@ class MedusaModelRunner(GPUModelRunner):
         chained = self._kind[input_batch.idx_mapping_np] == CHAIN
         self.speculator.chained = put(torch.from_numpy(chained), self.device) if chained.any() else None
         return sampled
-
-
-def _build_speculator(init: Any) -> Any:
-    @wraps(init)
-    def init_speculator(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
-        if medusa_config(vllm_config) is not None:
-            return MedusaSpeculator(vllm_config, device)
-        return init(vllm_config, device, *args)
-
-    return init_speculator
-
-
-# V2 builds its speculator from a closed list of methods; for any other engine the wrapper changes nothing.
-model_runner.init_speculator = _build_speculator(model_runner.init_speculator)

@@ -1,1 +1,3 @@
 """Medusa heads and draft trees for stock vLLM."""
+
+__version__ = "0.1.0"

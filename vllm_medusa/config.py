@@ -11,21 +11,12 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
-from vllm_medusa.plugin import ENGINE_METHOD
+from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER, WORKERS
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.options import Tree, TreeOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-PROPOSER = "vllm_medusa.runner.proposer.MedusaProposer"
-"""What ``model`` becomes: where vLLM's V1 runner finds our proposer."""
-
-WORKERS = {
-    "cpu": "vllm_medusa.runner.cpu_worker.MedusaCPUWorker",
-    "cuda": "vllm_medusa.runner.gpu_worker.MedusaGPUWorker",
-}
-"""The worker class for each platform (``current_platform.device_type``)."""
 
 DEFAULT_NODES = {"cpu": 7, "cuda": 31}
 """Nodes of a sparse or dynamic tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so
@@ -50,7 +41,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     ``num_speculative_tokens`` is the most tree nodes per request, the root not counted. Defaults come from the heads'
     checkpoint, then from here.
 
-    Once constructed, ``method`` is ``plugin.ENGINE_METHOD``, ``model`` names our proposer, ``draft_model_config.model``
+    Once constructed, ``method`` is ``names.ENGINE_METHOD``, ``model`` names our proposer, ``draft_model_config.model``
     is the heads' checkpoint, and ``medusa_tree`` is resolved: to "dynamic" or to explicit choices.
 
     Raises:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.integration.engines import engine, generate, greedy, model_runner, spec_counters, texts
+from tests.patched import changes, standing
+from vllm_medusa.plugin import register
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,3 +91,15 @@ def test_a_plain_engine_after_a_medusa_engine_in_one_process_is_stock(
     assert stock.pop("plugin")
     assert stock == {key: value for key, value in observed[""].items() if key != "plugin"}
     assert speculated == stock["tokens"]
+
+
+@pytest.mark.both_runners
+def test_an_engine_with_medusa_leaves_nothing_patched(
+    tiny_target: Path, tiny_heads: Path, prompts: list[list[int]]
+) -> None:
+    register()
+    before = standing()
+    with engine(tiny_target, heads=tiny_heads, tree=[3, 2]) as llm:
+        assert changes(before) == []
+        assert generate(llm, prompts[:1], greedy(4))
+    assert changes(before) == []

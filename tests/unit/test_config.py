@@ -12,15 +12,14 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER
 from vllm_medusa.config import (
     DEFAULT_MIN_PROBABILITY,
     DEFAULT_NODES,
-    PROPOSER,
     MedusaSpeculativeConfig,
     check_engine,
     medusa_config,
 )
-from vllm_medusa.plugin import ENGINE_METHOD
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import MAX_NODES, StaticTree, cartesian
 

@@ -16,7 +16,8 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_medusa.checkpoint.config import ARCHITECTURE
 from vllm_medusa.compat import version
-from vllm_medusa.plugin import ENGINE_METHOD, register
+from vllm_medusa.compat.names import ENGINE_METHOD
+from vllm_medusa.plugin import register
 
 WRAPPED: list[tuple[type, str]] = [
     (EngineArgs, "create_speculative_config"),
@@ -42,14 +43,15 @@ def test_importing_the_entry_point_imports_neither_vllm_nor_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_registering_imports_neither_the_heads_nor_the_worker() -> None:
+def test_registering_imports_neither_the_options_nor_the_heads_nor_the_worker() -> None:
     code = (
         "import vllm.engine.arg_utils, vllm_medusa.plugin, sys; vllm_medusa.plugin.register();"
         "print('found', sorted(name for name in sys.modules if name.startswith('vllm_medusa.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     [found] = [line for line in done.stdout.splitlines() if line.startswith("found")]
-    modules = ["checkpoint", "checkpoint.config", "compat", "compat.version", "plugin"]
+    compat = ["compat", "compat.names", "compat.patches", "compat.version"]
+    modules = ["checkpoint", "checkpoint.config", *compat, "plugin"]
     assert found == f"found {[f'vllm_medusa.{module}' for module in modules]}"
 
 
@@ -118,9 +120,3 @@ def test_an_unsupported_vllm_is_otherwise_left_alone(monkeypatch: pytest.MonkeyP
     register()
     assert wrapped()[1:] == stock[1:]
     assert EngineArgs(model=str(tmp_path)).create_speculative_config(None, None) is None
-
-
-@pytest.mark.parametrize("found", ["0.32.0rc1", "0.32.0", "0.32.1", "0.33.0", "0.33.0+cu130", "0.33.7"])
-def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(version, "vllm_version", lambda: Version(found))
-    version.check_vllm_version()

@@ -1,1 +1,1 @@
-"""Where the plugin touches vLLM: supported versions, names, and every patch."""
+"""Everything that reaches into vLLM: names, the version guard, every patch, and the list of touched symbols."""

@@ -1,4 +1,4 @@
-"""Every difference between the supported vLLM versions, and the guard that names them."""
+"""The supported vLLM versions, and the refusal of all others."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def vllm_version() -> Version:
 
 
 def is_supported() -> bool:
-    """Whether this plugin was written for the installed vLLM."""
+    """Whether the installed vLLM is in the supported range; pre-releases and local builds count as their release."""
     return OLDEST <= Version(vllm_version().base_version) < NEWEST_EXCLUDED
 
 
 def check_vllm_version() -> None:
-    """Refuse a vLLM that this plugin was not written for.
+    """Refuse an unsupported vLLM.
 
     Raises:
         RuntimeError: the installed vLLM is outside the supported range; the message names both.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_medusa.compat.runners import cpu_runner
+
 
 class MedusaCPUWorker(CPUWorker):
     """vLLM's CPU worker with our model runner."""
 
     def init_device(self) -> None:
-        """Set the device up as the CPU worker does, then replace the runner.
-
-        ``CPUWorker.init_device`` builds its runner by the class's name and has no method for it to override; the one it
-        built holds no weights and no cache yet.
-        """
+        """Set the device up as the CPU worker does, with our runner in the place of vLLM's."""
         if self.use_v2_model_runner:
             from vllm_medusa.runner.v2.cpu_model_runner import MedusaModelRunner
         else:
@@ -21,5 +19,5 @@ class MedusaCPUWorker(CPUWorker):
 
             # V1 builds its proposer from a closed list of methods, in which this one is open to all.
             self.vllm_config.speculative_config.method = "custom_class"
-        super().init_device()
-        self.model_runner = MedusaModelRunner(self.vllm_config, self.device)
+        with cpu_runner(MedusaModelRunner, v2=self.use_v2_model_runner):
+            super().init_device()

@@ -17,6 +17,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_medusa.acceptance.exact import Walk, walk
 from vllm_medusa.attention.cpu import tree_attention_selected
 from vllm_medusa.attention.metadata import announce_trees, check_backends
+from vllm_medusa.compat.runners import all_logits_processors
 from vllm_medusa.config import check_engine
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
 from vllm_medusa.runner.proposer import MedusaProposer
@@ -33,7 +34,8 @@ class MedusaModelRunner(CPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_engine(vllm_config)
-        super().__init__(vllm_config, device)
+        with all_logits_processors():
+            super().__init__(vllm_config, device)
         self._drafts = WaitingDrafts(self.drafter.tree.num_nodes)
         self._max_depth = self.drafter.tree.depth
         self._trees: StepTrees | None = None

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from dataclasses import replace
-from functools import wraps
-from typing import Any
 
 import torch
-from vllm.config import VllmConfig
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.logits_processor import (
     LogitBiasLogitsProcessor,
@@ -18,10 +13,7 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
-from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import InputBatch
-
-from vllm_medusa.config import medusa_config
 
 
 class TreeSampler:
@@ -115,25 +107,3 @@ def _is_idle(processor: LogitsProcessor) -> bool:
         case MinTokensLogitsProcessor():
             return not processor.min_toks
     return False
-
-
-def _build_all_processors(build: Any) -> Any:
-    @wraps(build)
-    def build_logitsprocs(
-        vllm_config: VllmConfig,
-        device: torch.device,
-        is_pin_memory: bool,
-        is_pooling_model: bool,
-        custom: Iterable[Any] = (),
-    ) -> Any:
-        if medusa_config(vllm_config) is not None:
-            vllm_config = copy.copy(vllm_config)
-            vllm_config.speculative_config = None
-        return build(vllm_config, device, is_pin_memory, is_pooling_model, custom)
-
-    return build_logitsprocs
-
-
-# vLLM drops min_p, logit_bias and custom processors under speculation, since its rejection sampler cannot apply them.
-# Our draws are the plain sampler's, so an engine with Medusa keeps them all; for any other the wrapper changes nothing.
-gpu_model_runner.build_logitsprocs = _build_all_processors(gpu_model_runner.build_logitsprocs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -24,6 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, check_backends
 from vllm_medusa.attention.triton import backend as triton
+from vllm_medusa.compat.runners import speculator
 from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
@@ -102,7 +101,8 @@ class MedusaModelRunner(GPUModelRunner):
                 f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
                 "which verifies as many rows for every request; leave it out"
             )
-        super().__init__(vllm_config, device)
+        with speculator(MedusaSpeculator):
+            super().__init__(vllm_config, device)
         self._follows_grammar = np.zeros(self.max_num_reqs, dtype=bool)
         tree = self.speculator.proposer.tree
         self._max_depth = tree.depth
@@ -179,17 +179,3 @@ class MedusaModelRunner(GPUModelRunner):
 
     def _groups(self) -> Iterator[AttentionGroup]:
         return (group for groups in self.attn_groups for group in groups)
-
-
-def _build_speculator(init: Any) -> Any:
-    @wraps(init)
-    def init_speculator(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
-        if medusa_config(vllm_config) is not None:
-            return MedusaSpeculator(vllm_config, device)
-        return init(vllm_config, device, *args)
-
-    return init_speculator
-
-
-# V2 builds its speculator from a closed list of methods; for any other engine the wrapper changes nothing.
-model_runner.init_speculator = _build_speculator(model_runner.init_speculator)

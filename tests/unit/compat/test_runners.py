@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.sample import logits_processor
+from vllm.v1.worker import cpu_worker, gpu_model_runner
+from vllm.v1.worker.cpu import model_runner as v2_cpu_model_runner
+from vllm.v1.worker.gpu import model_runner as v2_model_runner
+
+from tests.patched import changes, standing
+from vllm_medusa.compat.runners import all_logits_processors, cpu_runner, speculator
+
+CPU = torch.device("cpu")
+
+
+class Runner:
+    pass
+
+
+PATCHES: dict[str, tuple[Callable[[], AbstractContextManager[None]], ModuleType, str]] = {
+    "all_logits_processors": (all_logits_processors, gpu_model_runner, "build_logitsprocs"),
+    "speculator": (lambda: speculator(lambda config, device: None), v2_model_runner, "init_speculator"),
+    "cpu_runner of V1": (lambda: cpu_runner(Runner, v2=False), cpu_worker, "CPUModelRunner"),
+    "cpu_runner of V2": (lambda: cpu_runner(Runner, v2=True), v2_cpu_model_runner, "CPUModelRunner"),
+}
+
+
+def foreign(*args: Any) -> None:
+    """Somebody else's patch."""
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_ends_with_its_context(patch: str) -> None:
+    context, module, name = PATCHES[patch]
+    before = standing("runner")
+    with context():
+        assert changes(before) == [f"{module.__name__}:{name}"]
+    assert changes(before) == []
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_that_stood_before_ours_is_restored(patch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, module, name = PATCHES[patch]
+    monkeypatch.setattr(module, name, foreign)
+    with context():
+        assert getattr(module, name) is not foreign
+    assert getattr(module, name) is foreign
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_ends_when_the_constructor_fails(patch: str) -> None:
+    context, _, _ = PATCHES[patch]
+    before = standing("runner")
+    with pytest.raises(RuntimeError, match="no memory"), context():
+        raise RuntimeError("no memory")
+    assert changes(before) == []
+
+
+def test_logits_processors_are_built_as_without_speculation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gpu_model_runner, "build_logitsprocs", lambda *args: seen.append(args) or "built")
+    config = SimpleNamespace(speculative_config="medusa", model_config="target")
+    with all_logits_processors():
+        assert gpu_model_runner.build_logitsprocs(config, CPU, False, False, ["mine"]) == "built"
+    [(given, *others)] = seen
+    assert (given.speculative_config, given.model_config) == (None, "target")
+    assert others == [CPU, False, False, ["mine"]]
+    assert config.speculative_config == "medusa"
+
+
+def test_the_speculator_is_made_from_the_config_and_the_device() -> None:
+    with speculator(lambda *args: ("made of", *args)):
+        assert v2_model_runner.init_speculator("config", CPU, "states") == ("made of", "config", CPU)
+
+
+def test_what_stands_without_an_engine_is_of_vllm() -> None:
+    assert gpu_model_runner.build_logitsprocs is logits_processor.build_logitsprocs
+    assert v2_model_runner.init_speculator.__module__ == "vllm.v1.worker.gpu.spec_decode"
+    assert cpu_worker.CPUModelRunner.__module__ == "vllm.v1.worker.cpu_model_runner"
+    assert v2_cpu_model_runner.CPUModelRunner.__module__ == "vllm.v1.worker.cpu.model_runner"

@@ -1,0 +1,109 @@
+"""The patches that stay for the life of a process. ``plugin.register`` applies them; importing this module does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from vllm_medusa.compat.names import ENGINE_METHOD, HEADS, METHOD
+from vllm_medusa.compat.version import check_vllm_version
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+
+def engine_args_know_medusa() -> bool:
+    """Whether ``add_method`` has been applied in this process."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return hasattr(EngineArgs.create_speculative_config, "knows_medusa")
+
+
+def add_method(make: Callable[[dict[str, Any], ModelConfig, ParallelConfig], SpeculativeConfig]) -> None:
+    """Make ``EngineArgs`` understand ``method: medusa``.
+
+    Args:
+        make: makes the config from the options of ``--speculative-config`` and the target's configs.
+
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_speculative_config
+
+    # Reason: vLLM's SpeculativeConfig takes a closed list of methods and has no registry for more. This method is the
+    # one place where --speculative-config becomes a config; other methods reach vLLM's own code untouched.
+    @wraps(create)
+    def create_speculative_config(
+        self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+    ) -> SpeculativeConfig | None:
+        options = {key.replace("-", "_"): value for key, value in (self.speculative_config or {}).items()}
+        if METHOD not in (self.spec_method, options.get("method")):
+            return create(self, target_model_config, target_parallel_config)
+        check_vllm_version()
+        flags = {
+            "method": self.spec_method,
+            "model": self.spec_model,
+            "num_speculative_tokens": self.spec_tokens,
+        }
+        for key, value in flags.items():
+            if value is not None and options.setdefault(key, value) != value:
+                raise ValueError(
+                    f"--speculative-config['{key}'] is {options[key]!r}, but the flag for it says {value!r}"
+                )
+        return make(options, target_model_config, target_parallel_config)
+
+    create_speculative_config.knows_medusa = True  # type: ignore[attr-defined]
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def add_heads(model_type: str, architecture: str, config: type[PretrainedConfig]) -> None:
+    """Add the heads to vLLM's registries of configs and models.
+
+    Args:
+        model_type: the name of their config.
+        architecture: the name of their model.
+        config: the class of their config.
+
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils import config as registry
+
+    # Reason: vLLM has no public call that adds a config class.
+    registry._CONFIG_REGISTRY[model_type] = config
+    # Reason: published heads often have no model_type in config.json; vLLM reads the ones listed here all the same.
+    registry._SPECULATIVE_DECODING_CONFIGS.add(model_type)
+    ModelRegistry.register_model(architecture, HEADS)
+
+
+def accept_all_sampling_params(is_medusa: Callable[[SpeculativeConfig], bool]) -> None:
+    """Let requests to an engine with Medusa use ``min_p`` and ``logit_bias``.
+
+    Args:
+        is_medusa: whether an engine with this speculative config decodes with Medusa.
+
+    """
+    from vllm.sampling_params import SamplingParams
+
+    validate = SamplingParams._validate_spec_decode
+
+    # Reason: vLLM refuses min_p and logit_bias under speculation because its rejection sampler cannot apply them.
+    # Medusa draws with vLLM's plain sampler, which can.
+    @wraps(validate)
+    def validate_spec_decode(self: SamplingParams, speculative_config: SpeculativeConfig | None) -> None:
+        if speculative_config is None or not is_medusa(speculative_config):
+            validate(self, speculative_config)
+
+    SamplingParams._validate_spec_decode = validate_spec_decode
+
+
+def allow_async_scheduling() -> None:
+    """Let engines with Medusa use asynchronous scheduling."""
+    from vllm.config import vllm as engine_config
+
+    # Reason: vllm.config.vllm turns asynchronous scheduling off for methods that are in none of its closed lists. It
+    # reads this list for nothing else, and a method name that is only ours changes nothing for other methods.
+    engine_config.NgramGPUTypes = Literal[*get_args(engine_config.NgramGPUTypes), ENGINE_METHOD]

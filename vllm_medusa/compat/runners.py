@@ -1,0 +1,69 @@
+"""The patches that stand only while a model runner is constructed. Each puts back what stood there before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Give a name of a module another value in this context."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def all_logits_processors() -> AbstractContextManager[None]:
+    """Let a V1 runner with a speculative config have every logits processor, custom ones included."""
+    from vllm.v1.worker import gpu_model_runner
+
+    build = gpu_model_runner.build_logitsprocs
+
+    # Reason: under speculation vLLM drops min_p and logit_bias and refuses custom processors, because its rejection
+    # sampler cannot apply them. Medusa draws with vLLM's plain sampler, which can.
+    def build_logitsprocs(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        return build(plain, *args, **kwargs)
+
+    return replaced(gpu_model_runner, "build_logitsprocs", build_logitsprocs)
+
+
+def speculator(make: Callable[[VllmConfig, torch.device], Any]) -> AbstractContextManager[None]:
+    """Let a V2 runner take its speculator from ``make``."""
+    from vllm.v1.worker.gpu import model_runner
+
+    # Reason: init_speculator knows a closed list of methods.
+    def init_speculator(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
+        return make(vllm_config, device)
+
+    return replaced(model_runner, "init_speculator", init_speculator)
+
+
+def cpu_runner(runner: type, *, v2: bool) -> AbstractContextManager[None]:
+    """Let the CPU worker construct this runner.
+
+    Args:
+        runner: the class that takes the place of vLLM's ``CPUModelRunner``.
+        v2: whether the worker uses model runner V2.
+
+    """
+    if v2:
+        from vllm.v1.worker.cpu import model_runner as owner
+    else:
+        from vllm.v1.worker import cpu_worker as owner
+
+    # Reason: CPUWorker.init_device names the class and has no method for a subclass to override. Replacing the runner
+    # afterwards is no way: under Medusa's config vLLM's own runner cannot be constructed without the patches above.
+    return replaced(owner, "CPUModelRunner", runner)

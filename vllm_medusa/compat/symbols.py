@@ -1,0 +1,196 @@
+"""The symbols of vLLM that the plugin touches, as data; ``tests/unit/compat/test_symbols.py`` looks each of them up."""
+
+from __future__ import annotations
+
+from typing import Final
+
+V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
+TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
+BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
+
+SIGNATURES: Final = {
+    # Wrapped or replaced by patches.
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "self, target_model_config, target_parallel_config",
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": "self, speculative_config",
+    "vllm.v1.sample.logits_processor:build_logitsprocs": (
+        "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs"
+    ),
+    "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config, device, req_states",
+    # Overridden: model runner V1.
+    f"{V1}.__init__": "self, vllm_config, device",
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": "self, load_dummy_weights",
+    f"{V1}.initialize_kv_cache": "self, kv_cache_config, is_profiling, kv_cache_allocation_context",
+    f"{V1}._prepare_inputs": "self, scheduler_output, num_scheduled_tokens",
+    f"{V1}._build_attention_metadata": (
+        "self, num_tokens, num_reqs, max_query_len, num_tokens_padded, num_reqs_padded, ubatch_slices, logits_indices, "
+        "max_num_sampled_tokens, use_spec_decode, for_cudagraph_capture, num_scheduled_tokens, slot_mappings"
+    ),
+    f"{V1}._sample": "self, logits, spec_decode_metadata",
+    f"{V1}._bookkeeping_sync": ("self, scheduler_output, sampler_output, logits, hidden_states, num_scheduled_tokens"),
+    f"{V1}._input_fits_in_drafter": "self, common_attn_metadata",
+    f"{V1}.propose_draft_token_ids": (
+        "self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, sample_hidden_states, "
+        "aux_hidden_states, spec_decode_metadata, common_attn_metadata, slot_mappings"
+    ),
+    # Overridden: model runner V2.
+    f"{V2}.__init__": "self, vllm_config, device",
+    f"{V2}.load_model": "self, load_dummy_weights, *args, model, **kwargs",
+    f"{V2}.initialize_kv_cache": "self, kv_cache_config, is_profiling, kv_cache_allocation_context",
+    f"{V2}.add_requests": "self, scheduler_output",
+    f"{V2}.prepare_attn": "self, input_batch",
+    f"{V2}.prepare_dummy_attn": "self, input_batch, valid_state_slots",
+    f"{V2}.sample": "self, hidden_states, input_batch, grammar_output",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager": "self, cudagraph_mode",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture": "self",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose": (
+        "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
+        "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
+        "skip_attn_for_dummy_run, mm_inputs, is_profile, num_speculative_tokens"
+    ),
+    # Overridden: the worker and attention.
+    "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
+    f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder._set_isa_to_layers": "self, layer_names",
+    f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder.build": BUILD,
+    f"{CPU_ATTENTION}:CPUAttentionBackendImpl.forward": FORWARD,
+    f"{CPU_ATTENTION}:CPUAttentionBackend.get_impl_cls": "",
+    f"{CPU_ATTENTION}:CPUAttentionBackend.get_builder_cls": "",
+    "vllm.v1.worker.gpu_worker:Worker._make_model_runner": "self",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": "cls, vllm_config, kv_cache_spec",
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder.__init__": (
+        "self, kv_cache_spec, layer_names, vllm_config, device"
+    ),
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder.build": BUILD,
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
+    f"{FLASH_ATTENTION}:FlashAttentionImpl.forward": FORWARD,
+    f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.__init__": (
+        "self, kv_cache_spec, layer_names, vllm_config, device"
+    ),
+    f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build": BUILD,
+    f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
+    f"{TRITON_ATTENTION}:TritonAttentionImpl.forward": FORWARD,
+    # Stood in for: V2 calls our verifier as it calls this.
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": (
+        "self, logits, input_batch, draft_logits, invalid_drafts"
+    ),
+    # Called.
+    "vllm.config.speculative:SpeculativeConfig.create_draft_parallel_config": (
+        "target_parallel_config, speculative_draft_tensor_parallel_size, draft_model_config"
+    ),
+    "vllm.model_executor.model_loader:get_model": "vllm_config, model_config, prefix, load_config",
+    "vllm.model_executor.models.registry:_ModelRegistry.register_model": "self, model_arch, model_cls",
+    "vllm.v1.attention.backends.registry:register_backend": "backend, class_path, is_mamba",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.clear_override": "self",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self, include_classname",
+    "vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden": "self",
+    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": "vllm_config",
+    f"{V1}._attn_group_iterator": "self",
+    f"{CPU_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update": "self, layer, key, value, kv_cache, slot_mapping",
+    "vllm.v1.sample.sampler:Sampler.forward": (
+        "self, logits, sampling_metadata, predict_bonus_token, logprobs_mode_override"
+    ),
+    "vllm.v1.sample.sampler:Sampler.greedy_sample": "logits",
+    "vllm.v1.worker.gpu.sample.sampler:Sampler.sample": (
+        "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
+        "seq_lens_upper_bound_np, return_logprobs"
+    ),
+    "vllm.v1.worker.gpu.sample.states:SamplingStates.max_num_logprobs": "self, idx_mapping_np",
+    "vllm.v1.worker.gpu.sample.logprob:compute_topk_scores": (
+        "logits, num_logprobs, sampled_token_ids, cu_num_logits, logprob_token_ids_state, expanded_idx_mapping, "
+        "max_per_req_token_ids, logits_mode"
+    ),
+    "vllm.v1.worker.gpu.metrics.logits:get_num_nans": "logits",
+    "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected": (
+        "num_sampled, seq_lens, cu_num_logits, idx_mapping, prefill_len"
+    ),
+}
+"""Parameters of functions that the plugin wraps, overrides, stands in for or calls, keyword-only ones included."""
+
+FIELDS: Final = {
+    "vllm.config.speculative:SpeculativeConfig": (
+        "method model num_speculative_tokens draft_tensor_parallel_size revision code_revision target_model_config "
+        "target_parallel_config draft_model_config draft_parallel_config"
+    ),
+    "vllm.engine.arg_utils:EngineArgs": "speculative_config spec_method spec_model spec_tokens",
+    "vllm.config.parallel:ParallelConfig": (
+        "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"
+    ),
+    "vllm.config.cache:CacheConfig": "cache_dtype kv_sharing_fast_prefill",
+    "vllm.config.vllm:VllmConfig": "speculative_config kv_transfer_config cache_config parallel_config",
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
+        "slot_mapping positions is_prefilling seq_lens_cpu_upper_bound rswa_prefix_lens req_idx mm_req_doc_ranges "
+        "_num_computed_tokens_cache _token_to_req_indices_cache"
+    ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder": "isa block_size",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": (
+        "num_kv_heads num_queries_per_kv scale sliding_window logits_soft_cap alibi_slopes sinks"
+    ),
+    f"{FLASH_ATTENTION}:FlashAttentionImpl": (
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window "
+        "supports_quant_query_input"
+    ),
+    f"{TRITON_ATTENTION}:TritonAttentionImpl": (
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback "
+        "supports_quant_query_input"
+    ),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups",
+    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_new_reqs",
+    "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
+    "vllm.v1.outputs:LogprobsTensors": "logprob_token_ids logprobs selected_token_ranks",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "num_draft_tokens",
+    "vllm.v1.sample.metadata:SamplingMetadata": (
+        "all_greedy no_penalties max_num_logprobs generators spec_token_ids bad_words_token_ids allowed_token_ids_mask "
+        "logitsprocs logprob_token_ids thinking_budget_state_holder"
+    ),
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_output_token_ids block_table sampling_metadata",
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner": (
+        "input_batch requests positions input_ids seq_lens discard_request_mask drafter sampler compilation_config"
+    ),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
+        "req_states sampler rejection_sampler speculator attn_groups kv_cache_config compilation_config max_num_reqs "
+        "model"
+    ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "num_reqs num_draft_tokens_per_req idx_mapping idx_mapping_np logits_indices input_ids positions seq_lens "
+        "cu_num_logits expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound"
+    ),
+    "vllm.v1.worker.gpu.sample.output:SamplerOutput": (
+        "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected"
+    ),
+    "vllm.v1.worker.gpu.sample.sampler:Sampler": (
+        "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode"
+    ),
+    "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",
+}
+"""Fields and attributes that the plugin reads or writes; an attribute is one that a class or a base of it sets."""
+
+NAMES: Final = {
+    "vllm.config.vllm": "NgramGPUTypes",
+    "vllm.transformers_utils.config": "_CONFIG_REGISTRY _SPECULATIVE_DECODING_CONFIGS",
+    "vllm.v1.worker.gpu_model_runner": "build_logitsprocs",
+    "vllm.v1.worker.gpu.model_runner": "init_speculator",
+    "vllm.v1.attention.selector": "_cached_get_attn_backend",
+    "vllm.v1.sample.logits_processor": "LogitBiasLogitsProcessor MinTokensLogitsProcessor LogitsProcessor",
+    "vllm.v1.worker.cpu_worker": "CPUModelRunner",
+    "vllm.v1.worker.cpu.model_runner": "CPUModelRunner",
+}
+"""Names of modules that the plugin replaces or reaches into."""
+
+PATCHED: Final = {
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "process",
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": "process",
+    "vllm.config.vllm:NgramGPUTypes": "process",
+    "vllm.transformers_utils.config:_CONFIG_REGISTRY": "process",
+    "vllm.transformers_utils.config:_SPECULATIVE_DECODING_CONFIGS": "process",
+    "vllm.model_executor.models.registry:ModelRegistry.models": "process",
+    "vllm.v1.worker.gpu_model_runner:build_logitsprocs": "runner",
+    "vllm.v1.worker.gpu.model_runner:init_speculator": "runner",
+    "vllm.v1.worker.cpu_worker:CPUModelRunner": "runner",
+    "vllm.v1.worker.cpu.model_runner:CPUModelRunner": "runner",
+    "vllm.v1.attention.backends.registry:_ATTN_OVERRIDES": "layers",
+}
+"""What patches change, and for how long: for the process, or while a runner or the target's layers are constructed."""

@@ -272,11 +272,11 @@ class Attention:
         self.output = torch.empty_like(self.query)
         trees = step_trees(tree, batch)
         self.step = AttentionStep(
-            query_start=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device),
+            query_start_loc=torch.arange(0, batch * rows + 1, rows, dtype=torch.int32, device=device),
             seq_lens=torch.full((batch,), context + rows, dtype=torch.int32, device=device),
             block_table=self.block_table,
-            ancestors=trees.ancestors.to(device),
-            depth=trees.depths.to(device),
+            ancestor_bits=trees.ancestor_bits.to(device),
+            depths=trees.depths.to(device),
             max_rows=rows,
         )
         scale = torch.ones((), device=device) if shape.cache_dtype != shape.dtype else None
@@ -393,7 +393,7 @@ def walk_and_commit_times(size: Size) -> list[dict[str, Any]]:
         # Each row's draw is carried by its last child.
         drawn = torch.zeros_like(on_host.tokens).index_put_((on_host.parents.clamp(min=0),), on_host.tokens)
         drawn = drawn.to(size.device)
-        tensors = ("cu_num_rows", "logits_indices", "tokens", "parents", "depths", "ancestors")
+        tensors = ("cu_num_rows", "logits_indices", "tokens", "parents", "depths", "ancestor_bits")
         trees = replace(on_host, **{name: getattr(on_host, name).to(size.device) for name in tensors})
         accepted = walk_drawn(trees, drawn, rows)
         caches = [

@@ -18,7 +18,7 @@ from vllm_medusa.tree.options import Tree, TreeOptions
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-DEFAULT_NODES = {"cpu": 7, "cuda": 31}
+DEFAULT_NUM_NODES = {"cpu": 7, "cuda": 31}
 """Nodes of a sparse or dynamic tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so
 few."""
 
@@ -181,10 +181,10 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         heads, platform = self.heads, current_platform.device_type
         return TreeOptions(
             num_heads=heads.num_heads,
-            num_tokens=heads.truncated_vocab_size or heads.vocab_size,
+            vocab_size=heads.truncated_vocab_size or heads.vocab_size,
             accuracies=heads.medusa_accuracies,
-            nodes=self.num_speculative_tokens,
-            default_nodes=DEFAULT_NODES[platform],
+            num_nodes=self.num_speculative_tokens,
+            default_num_nodes=DEFAULT_NUM_NODES[platform],
             top_k=self.medusa_top_k,
             min_probability=self.medusa_min_probability,
             default_min_probability=0.0,

@@ -31,10 +31,7 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
 ) -> None:
     seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
     steps: list[Counter[str]] = []
-    options: dict[str, Any] = {"max_num_batched_tokens": 128}
-    if tree == "dynamic":
-        options["speculative_config"] = {"medusa_min_probability": 0.0}  # as on GPUs
-    with engine(tiny_target, heads=tiny_heads, tree=tree, **options) as llm:
+    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm:
         runner, watch = model_runner(llm), Watch(whole=frozenset({"proposal"}))
         verifier = runner.rejection_sampler
         runner.prepare_attn = watch.watching("plan", runner.prepare_attn)

@@ -45,12 +45,12 @@ def check(step: Step, seed: int = 0) -> None:
     assert torch.equal(found.parents, expected.parents)
     assert torch.equal(found.roots.long(), expected.roots)
     assert torch.equal(found.depths[rows], expected.depths[rows])
-    assert torch.equal(found.ancestors[rows], expected.ancestors[rows])
-    assert torch.equal(found.ancestors[first], expected.ancestors[first])
-    assert (found.ancestors[num_tokens:] == CAUSAL).all()
+    assert torch.equal(found.ancestor_bits[rows], expected.ancestor_bits[rows])
+    assert torch.equal(found.ancestor_bits[first], expected.ancestor_bits[first])
+    assert (found.ancestor_bits[num_tokens:] == CAUSAL).all()
     assert torch.equal(positions, expected_positions)
     assert torch.equal(ids[rows], expected_ids[rows])
-    derived = {"tokens", "parents", "depths", "ancestors", "cu_num_rows", "logits_indices"}
+    derived = {"tokens", "parents", "depths", "ancestor_bits", "cu_num_rows", "logits_indices"}
     assert vars(replace(found, **dict.fromkeys(derived))) == vars(replace(expected, **dict.fromkeys(derived)))
 
 

@@ -143,13 +143,13 @@ class Step:
                 ancestors[rows, : mask.shape[1]] = mask
                 depth[rows] = request.tree.depths
         step = AttentionStep(
-            query_start=torch.tensor([*self.start, *[self.start[-1]] * padding], dtype=torch.int32),
+            query_start_loc=torch.tensor([*self.start, *[self.start[-1]] * padding], dtype=torch.int32),
             seq_lens=torch.tensor(
                 [request.context + request.rows for request in self.requests] + [0] * padding, dtype=torch.int32
             ),
             block_table=torch.nn.functional.pad(self.block_table, (0, 0, 0, padding)).int(),
-            ancestors=ancestors,
-            depth=depth,
+            ancestor_bits=ancestors,
+            depths=depth,
             max_rows=max(request.rows for request in self.requests),
         )
         key_scale, value_scale = self.scales if layer.is_quantised else (None, None)

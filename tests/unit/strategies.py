@@ -63,7 +63,7 @@ def path_to(tree: DraftTree, row: int) -> list[int]:
 
 
 def bitmasks_of(tree: DraftTree) -> torch.Tensor:
-    """``StepTrees.ancestors`` of a tree's rows, bit by bit."""
+    """``StepTrees.ancestor_bits`` of a tree's rows, bit by bit."""
     words = torch.zeros(len(tree), -(-len(tree) // WORD_BITS), dtype=torch.int64)
     for row in range(len(tree)):
         for above in path_to(tree, row):
@@ -84,7 +84,7 @@ def step_of(requests: list[TokenTree]) -> StepTrees:
         tokens=torch.tensor(tokens),
         parents=torch.tensor(parents),
         depths=torch.empty(0),
-        ancestors=torch.empty(0, 1),
+        ancestor_bits=torch.empty(0, 1),
         max_depth=max(DraftTree.from_parents(tree.parents).depth for tree in requests),
         num_drafting_reqs=len(requests),
     )

@@ -14,12 +14,12 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER
 from vllm_medusa.config import (
-    DEFAULT_MIN_PROBABILITY,
-    DEFAULT_NODES,
+    DEFAULT_NUM_NODES,
     MedusaSpeculativeConfig,
     check_engine,
     medusa_config,
 )
+from vllm_medusa.runner.proposer import V1_MIN_PROBABILITY, MedusaProposer
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import MAX_NODES, StaticTree, cartesian
 
@@ -87,7 +87,7 @@ def test_the_method_and_the_heads_are_all_that_must_be_given(models: Models) -> 
     config = models.configure({})
     medusa = medusa_config(config)
     assert medusa is not None
-    assert medusa.num_speculative_tokens == DEFAULT_NODES["cpu"] == len(medusa.tree) - 1
+    assert medusa.num_speculative_tokens == DEFAULT_NUM_NODES["cpu"] == len(medusa.tree) - 1
     assert not medusa.tree.topology.is_chain
     assert medusa.heads.num_heads == 4
     assert (medusa.method, medusa.model) == (ENGINE_METHOD, PROPOSER)
@@ -264,7 +264,7 @@ def test_a_sparse_tree_grows_from_the_checkpoints_accuracies(models: Models) -> 
 
 
 @pytest.mark.parametrize("form", ["option", "file", "checkpoint"])
-def test_a_dynamic_tree_has_the_nodes_asked_for_and_a_floor_that_suits_the_platform(
+def test_a_dynamic_tree_has_the_nodes_asked_for_and_the_least_probability_that_the_engine_gives(
     models: Models, tmp_path: Path, form: str
 ) -> None:
     path = tmp_path / "tree.json"
@@ -276,13 +276,23 @@ def test_a_dynamic_tree_has_the_nodes_asked_for_and_a_floor_that_suits_the_platf
     }[form]
     default = models.medusa(dict(options))
     assert isinstance(default.tree, DynamicTree)
-    assert (default.medusa_tree, default.num_speculative_tokens) == ("dynamic", DEFAULT_NODES["cpu"])
-    assert (default.tree.top_k, default.tree.min_probability) == (7, DEFAULT_MIN_PROBABILITY["cpu"])
+    assert (default.medusa_tree, default.num_speculative_tokens) == ("dynamic", DEFAULT_NUM_NODES["cpu"])
+    given = default.build_tree(default_min_probability=0.25)
+    assert isinstance(given, DynamicTree)
+    assert (given.top_k, given.min_probability) == (7, 0.25)
     asked = models.medusa(
         {**options, "num_speculative_tokens": 20, "medusa_top_k": 3, "medusa_min_probability": 0.0}
-    ).tree
+    ).build_tree(default_min_probability=0.25)
     assert isinstance(asked, DynamicTree)
-    assert (asked.nodes, asked.top_k, asked.min_probability) == (20, 3, 0.0)
+    assert (asked.num_nodes, asked.top_k, asked.min_probability) == (20, 3, 0.0)
+
+
+@pytest.mark.parametrize(("is_v2", "floor"), [(False, V1_MIN_PROBABILITY), (True, 0.0)])
+def test_the_model_runner_decides_the_least_probability_of_paths(models: Models, is_v2: bool, floor: float) -> None:
+    options = models.medusa({"medusa_tree": "dynamic"})
+    tree = MedusaProposer(SimpleNamespace(speculative_config=options, use_v2_model_runner=is_v2)).tree
+    assert isinstance(tree, DynamicTree)
+    assert tree.min_probability == floor
 
 
 @pytest.mark.parametrize("accuracies", ["high", [[0.5], [0.3, 0.2]], [[1.5]], [0.5, 0.5], [[None]]])
@@ -324,7 +334,7 @@ def test_a_gpu_gets_its_worker_and_a_wider_tree(models: Models, monkeypatch: pyt
     monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
     config = models.configure({})
     assert config.parallel_config.worker_cls == "vllm_medusa.runner.gpu_worker.MedusaGPUWorker"
-    assert config.speculative_config.num_speculative_tokens == DEFAULT_NODES["cuda"] > DEFAULT_NODES["cpu"]
+    assert config.speculative_config.num_speculative_tokens == DEFAULT_NUM_NODES["cuda"] > DEFAULT_NUM_NODES["cpu"]
 
 
 def test_a_gpu_takes_a_branching_tree_with_an_fp8_cache(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,11 +105,11 @@ def attend(
     query = empty(tokens, heads, head_dim, dtype=torch.bfloat16)
     cache = empty(99, 16, kv_heads, 2 * head_dim, dtype=cache_dtype)
     step = AttentionStep(
-        query_start=empty(requests + 1, dtype=torch.int32),
+        query_start_loc=empty(requests + 1, dtype=torch.int32),
         seq_lens=empty(requests, dtype=torch.int32),
         block_table=empty(requests, 512, dtype=torch.int32),
-        ancestors=empty(tokens, -(-rows // 63)),
-        depth=empty(tokens, dtype=torch.int32),
+        ancestor_bits=empty(tokens, -(-rows // 63)),
+        depths=empty(tokens, dtype=torch.int32),
         max_rows=rows,
     )
     workspace = Workspace.allocate(head_dim, 256, PROCESSORS, torch.device("meta"))

@@ -59,13 +59,13 @@ def _walk_kernel(
     request = tl.program_id(0)
     row = tl.load(cu_num_rows_ptr + request).to(tl.int64)
     # Rows past the tree's last are other requests', and children of none of its rows.
-    candidate = row + tl.arange(0, padded_rows)
-    is_row = candidate < num_rows
-    parent = tl.load(parent_ptr + candidate, mask=is_row, other=-1)
-    token = tl.load(token_ptr + candidate, mask=is_row, other=-1)
+    tree_row = row + tl.arange(0, padded_rows)
+    is_row = tree_row < num_rows
+    parent = tl.load(parent_ptr + tree_row, mask=is_row, other=-1)
+    token = tl.load(token_ptr + tree_row, mask=is_row, other=-1)
     for level in tl.range(0, levels):
         drawn = tl.load(drawn_ptr + row, mask=row >= 0, other=-1).to(tl.int64)
         tl.store(walked_tokens_ptr + request * levels + level, drawn)
         tl.store(walked_rows_ptr + request * levels + level, row)
         is_child = (parent == row) & (token == drawn) & (parent >= 0)
-        row = tl.max(tl.where(is_child, candidate, -1), axis=0)
+        row = tl.max(tl.where(is_child, tree_row, -1), axis=0)

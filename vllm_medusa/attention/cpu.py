@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_medusa.attention.metadata import TreeMetadataBuilder
+from vllm_medusa.attention.metadata import TreeBackendMixin, TreeMetadataBuilder
 from vllm_medusa.compat.backends import overridden
 from vllm_medusa.step.trees import WORD_BITS, StepTrees
 
@@ -37,12 +37,12 @@ class NativeTokens:
     """The tokens of a step that vLLM's own op takes.
 
     Attributes:
-        token: ``[native]``, int64: their indices among all tokens.
+        token_indices: ``[native]``, int64: their indices among all tokens.
         metadata: vLLM's metadata for them.
 
     """
 
-    token: torch.Tensor
+    token_indices: torch.Tensor
     metadata: CPUAttentionMetadata
 
 
@@ -50,13 +50,13 @@ class NativeTokens:
 class TreeCPUAttentionMetadata:
     """What a step with branching trees needs; all other requests are causal and go to vLLM's own op.
 
-    Trees of fewer rows than the largest are padded at the end; padding rows repeat the tree's last token, so what is
-    computed for them is what is computed for it. A tree's keys are those of its context and of its rows, in the order
-    of their slots; trees of fewer keys than the largest repeat their first one, unseen.
+    Trees of fewer rows than the largest are padded at the end with their last row, so padding's output is that row's. A
+    tree's keys are those of its context and of its rows, in the order of their slots; trees of fewer keys than the
+    largest repeat their first one, unseen.
 
     Attributes:
         context: ``[trees]``, int64: tokens before the root, all in the KV cache, all visible to every row.
-        token: ``[trees, rows]``, int64: each row's index among the step's tokens.
+        token_indices: ``[trees, rows]``, int64: each row's index among the step's tokens.
         depth: ``[trees, rows]``, int64: the row's position is ``context + depth``.
         ancestors: ``[trees, rows, rows]``, bool: row i may attend to row j.
         block: ``[trees, keys]``, int64: the cache block of each key.
@@ -67,7 +67,7 @@ class TreeCPUAttentionMetadata:
     """
 
     context: torch.Tensor
-    token: torch.Tensor
+    token_indices: torch.Tensor
     depth: torch.Tensor
     ancestors: torch.Tensor
     block: torch.Tensor
@@ -155,19 +155,19 @@ class TreeCPUAttentionMetadataBuilder(TreeMetadataBuilder, CPUAttentionMetadataB
             is_native[requests] = False
             native_common, native_tokens = _select(common, is_native.nonzero().flatten())
             native = NativeTokens(native_tokens, super().build(common_prefix_len, native_common, fast_build))
-        token, ancestors = side_by_side(trees, requests)
+        token_indices, ancestors = side_by_side(trees, requests)
         num_keys = common.seq_lens[requests].long()
         slot = torch.arange(int(num_keys.max())).expand(len(num_keys), -1)
         slot = slot * (slot < num_keys[:, None])
         return TreeCPUAttentionMetadata(
             context=num_keys - trees.cu_num_rows.diff()[requests],
-            token=token,
-            depth=trees.depths[token],
+            token_indices=token_indices,
+            depth=trees.depths[token_indices],
             ancestors=ancestors,
             block=common.block_table_tensor[requests].long().gather(1, slot // self.block_size),
             offset=slot % self.block_size,
             native=native,
-            in_order=native is None and token.numel() == common.num_actual_tokens,
+            in_order=native is None and token_indices.numel() == common.num_actual_tokens,
         )
 
 
@@ -192,17 +192,18 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if (native := attn_metadata.native) is not None:
-            native_query = query[native.token]
+            native_query = query[native.token_indices]
             native_output = torch.empty_like(native_query)
             super().forward(layer, native_query, key, value, kv_cache, native.metadata, native_output)
-            output[native.token] = native_output
-        token = attn_metadata.token
+            output[native.token_indices] = native_output
+        token_indices = attn_metadata.token_indices
         if attn_metadata.in_order:
-            tree_query, tree_output = (each[: token.numel()].unflatten(0, token.shape) for each in (query, output))
+            num_rows, shape = token_indices.numel(), token_indices.shape
+            tree_query, tree_output = (each[:num_rows].unflatten(0, shape) for each in (query, output))
             tree_output.copy_(self._attend(tree_query, kv_cache, attn_metadata))
         else:
-            attended = self._attend(query[token], kv_cache, attn_metadata)
-            output[token.flatten()] = attended.flatten(0, 1).to(output.dtype)
+            attended = self._attend(query[token_indices], kv_cache, attn_metadata)
+            output[token_indices.flatten()] = attended.flatten(0, 1).to(output.dtype)
         return output
 
     def _attend(
@@ -250,18 +251,10 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         self.do_kv_cache_update(layer, keys[block, :, :, offset], values[block, :, offset], kv_cache, destination)
 
 
-class TreeCPUAttentionBackend(CPUAttentionBackend):
-    """``CPU_ATTN`` with tree masks; it keeps the name, by which vLLM knows its layouts and limits."""
+class TreeCPUAttentionBackend(TreeBackendMixin, CPUAttentionBackend):
+    """``CPU_ATTN`` with tree masks."""
 
-    @staticmethod
-    def get_impl_cls() -> type[TreeCPUAttentionImpl]:
-        """Return the implementation."""
-        return TreeCPUAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[TreeCPUAttentionMetadataBuilder]:
-        """Return the metadata builder."""
-        return TreeCPUAttentionMetadataBuilder
+    tree_impl, tree_builder = TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder
 
 
 def _views(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,13 +278,13 @@ def side_by_side(
     trees: StepTrees,
     requests: torch.Tensor,  # [trees], int64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``token`` and ``ancestors`` of some requests' trees (see ``TreeCPUAttentionMetadata``)."""
+    """Return ``token_indices`` and ``ancestors`` of some requests' trees (see ``TreeCPUAttentionMetadata``)."""
     root, lengths = trees.roots[requests], trees.cu_num_rows.diff()[requests]
     place = torch.arange(int(lengths.max()))
-    token = trees.logits_indices[root[:, None] + place.minimum(lengths[:, None] - 1)]
-    bits = trees.ancestors[token][..., None] >> torch.arange(WORD_BITS) & 1
+    token_indices = trees.logits_indices[root[:, None] + place.minimum(lengths[:, None] - 1)]
+    bits = trees.ancestor_bits[token_indices][..., None] >> torch.arange(WORD_BITS) & 1
     ancestors = bits.flatten(2)[..., : len(place)].bool()
-    return token, ancestors & (place < lengths[:, None])[:, None]
+    return token_indices, ancestors & (place < lengths[:, None])[:, None]
 
 
 def _select(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
@@ -22,6 +22,21 @@ class TreeMetadataBuilder:
     """
 
     trees: StepTrees | None = None
+
+
+class TreeBackendMixin:
+    """The two accessors that vLLM asks a backend for. A backend keeps the name by which vLLM knows its layouts."""
+
+    tree_impl: ClassVar[type]
+    tree_builder: ClassVar[type]
+
+    @classmethod
+    def get_impl_cls(cls) -> type:
+        return cls.tree_impl
+
+    @classmethod
+    def get_builder_cls(cls) -> type:
+        return cls.tree_builder
 
 
 def announce_trees(groups: Iterable[AttentionGroup], trees: StepTrees | None) -> None:

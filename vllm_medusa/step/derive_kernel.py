@@ -56,10 +56,10 @@ def derive_trees_on_device(
         buffers.tokens,
         buffers.parents,
         buffers.depths,
-        buffers.ancestors,
+        buffers.ancestor_bits,
         max_depth,
         parents.stride(0),
-        words=buffers.ancestors.shape[1],
+        words=buffers.ancestor_bits.shape[1],
         padded_rows=triton.next_power_of_2(num_nodes + 1),
         num_warps=1,
     )
@@ -86,7 +86,7 @@ def _derive_kernel(
     tokens_ptr: tl.tensor,  # [num_rows]
     parents_ptr: tl.tensor,  # [num_rows]
     depths_ptr: tl.tensor,  # [num_tokens]
-    ancestors_ptr: tl.tensor,  # [num_tokens, words]
+    ancestor_bits_ptr: tl.tensor,  # [num_tokens, words]
     max_depth: tl.tensor,
     parents_stride: tl.tensor,
     words: tl.constexpr,
@@ -122,11 +122,11 @@ def _derive_kernel(
                 depth += climbs.to(tl.int64)
             climbs = climbs & (above > 0)
             above = tl.load(draft_parents + above - 1, mask=climbs, other=0)
-        tl.store(ancestors_ptr + token * words + word, bits, mask=is_row)
+        tl.store(ancestor_bits_ptr + token * words + word, bits, mask=is_row)
     tl.store(depths_ptr + token, depth, mask=is_row)
     position = tl.load(positions_ptr + token, mask=is_row, other=0)
     tl.store(positions_ptr + token, position + depth - row, mask=is_row)
 
     first_token = tl.load(query_start_loc_ptr + request).to(tl.int64)
     if first_token < tl.load(logits_indices_ptr + root):
-        tl.store(ancestors_ptr + first_token * words, CAUSAL_WORD)
+        tl.store(ancestor_bits_ptr + first_token * words, CAUSAL_WORD)

@@ -31,8 +31,8 @@ class StepTrees:
         tokens: ``[num_rows]``, int64: the token ids; ``NO_TOKEN`` where the scheduler has padded a draft.
         parents: ``[num_rows]``, int64: the parent's index among all rows; ``ROOT`` for roots.
         depths: ``[num_tokens]``, int64: edges between a row's token and its root; of no meaning for other tokens.
-        ancestors: ``[num_tokens, num_words]``, int64, contiguous: bit ``j % 63`` of word ``j // 63`` is set where the
-            token may attend to row j of its request. A request whose first token has ``CAUSAL`` is causal.
+        ancestor_bits: ``[num_tokens, num_words]``, int64, contiguous: bit ``j % 63`` of word ``j // 63`` is set where
+            the token may attend to row j of its request. A request whose first token has ``CAUSAL`` is causal.
         max_depth: at least the deepest tree's depth.
         num_drafting_reqs: ``count_drafting_reqs``.
 
@@ -43,7 +43,7 @@ class StepTrees:
     tokens: torch.Tensor
     parents: torch.Tensor
     depths: torch.Tensor
-    ancestors: torch.Tensor
+    ancestor_bits: torch.Tensor
     max_depth: int
     num_drafting_reqs: int
 
@@ -102,7 +102,7 @@ class StepTrees:
             tokens=zeros(max_num_rows),
             parents=zeros(max_num_rows),
             depths=zeros(max_num_tokens),
-            ancestors=zeros(max_num_tokens, num_words(num_nodes)).fill_(CAUSAL),
+            ancestor_bits=zeros(max_num_tokens, num_words(num_nodes)).fill_(CAUSAL),
             max_depth=0,
             num_drafting_reqs=0,
         )
@@ -168,7 +168,7 @@ def derive_trees(
         tokens=tokens,
         parents=tree_parents,
         depths=depths.new_zeros(num_tokens).index_copy_(0, logits_indices, depths),
-        ancestors=words.new_full((num_tokens, words.shape[1]), CAUSAL).index_copy_(0, logits_indices, words),
+        ancestor_bits=words.new_full((num_tokens, words.shape[1]), CAUSAL).index_copy_(0, logits_indices, words),
         max_depth=max_depth,
         num_drafting_reqs=num_drafting_reqs,
     )

@@ -41,10 +41,10 @@ class TreeOptions:
 
     Attributes:
         num_heads: heads that draft, the deepest node's depth.
-        num_tokens: tokens that the heads know.
+        vocab_size: how many tokens the heads can draft.
         accuracies: ``[heads][ranks]``, from which sparse trees grow; None takes published ones.
-        nodes: most nodes, the root not counted; None leaves it to the tree.
-        default_nodes: nodes of a sparse tree where ``nodes`` is None.
+        num_nodes: most nodes, the root not counted; None leaves it to the tree.
+        default_num_nodes: nodes of a sparse tree where ``num_nodes`` is None.
         top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
         min_probability: the least probability of a path of a dynamic tree; None takes ``default_min_probability``.
         default_min_probability: that of a dynamic tree where ``min_probability`` is None.
@@ -52,16 +52,16 @@ class TreeOptions:
     """
 
     num_heads: int
-    num_tokens: int
+    vocab_size: int
     accuracies: Sequence[Sequence[float]] | None
-    nodes: int | None
-    default_nodes: int
+    num_nodes: int | None
+    default_num_nodes: int
     top_k: int | None
     min_probability: float | None
     default_min_probability: float
 
     def build(self, wanted: Any) -> Tree:
-        """Build the tree that ``medusa_tree`` asks for, cut to ``nodes``.
+        """Build the tree that ``medusa_tree`` asks for, cut to ``num_nodes``.
 
         Args:
             wanted: "sparse" or None, "dynamic", "chain", a Cartesian product, explicit choices, or a JSON file's path.
@@ -93,17 +93,17 @@ class TreeOptions:
         else:
             tree = from_choices(wanted)
         validate_depth(tree, self.num_heads)
-        if tree.top_k > self.num_tokens:
+        if tree.top_k > self.vocab_size:
             raise ValueError(
-                f"medusa_tree: rank {tree.top_k - 1} is asked for, but the heads know {self.num_tokens} tokens; "
+                f"medusa_tree: rank {tree.top_k - 1} is asked for, but the heads know {self.vocab_size} tokens; "
                 "give smaller ranks"
             )
-        return tree if self.nodes is None else tree.prefix(self.nodes + 1)
+        return tree if self.num_nodes is None else tree.prefix(self.num_nodes + 1)
 
     def _dynamic(self) -> DynamicTree:
-        top_k = min(self.top_k or DYNAMIC_TOP_K, self.num_tokens)
+        top_k = min(self.top_k or DYNAMIC_TOP_K, self.vocab_size)
         floor = self.default_min_probability if self.min_probability is None else self.min_probability
-        return DynamicTree(self.num_heads, self.nodes or self.default_nodes, top_k, floor)
+        return DynamicTree(self.num_heads, self.num_nodes or self.default_num_nodes, top_k, floor)
 
     def _sparse(self) -> StaticTree:
         stored = self.accuracies or PUBLISHED_ACCURACIES
@@ -116,9 +116,9 @@ class TreeOptions:
                 "calibrate the heads again"
             ) from error
         accuracies = accuracies[: self.num_heads, : self.top_k]
-        if self.nodes is not None:
-            return best_first(accuracies, self.nodes)
-        return best_first(accuracies, min(available_nodes(*accuracies.shape), self.default_nodes))
+        if self.num_nodes is not None:
+            return best_first(accuracies, self.num_nodes)
+        return best_first(accuracies, min(available_nodes(*accuracies.shape), self.default_num_nodes))
 
 
 def _read_tree(path: str) -> Any:

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate, product
 from math import prod
 from operator import mul
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,18 @@ Path = tuple[int, ...]
 
 MAX_NODES = 1024
 """Most nodes of a tree: its masks grow with their square, and no target verifies more in a step at a profit."""
+
+
+class _Nodes(NamedTuple):
+    """What drafting reads of a static tree, on the heads' device; ``[num_nodes]``, int64, but the two lengths."""
+
+    heads: torch.Tensor
+    ranks: torch.Tensor
+    parents: torch.Tensor
+    length: torch.Tensor
+    top_path_first: torch.Tensor
+    chain_parents: torch.Tensor
+    chain_length: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +81,7 @@ class StaticTree:
     def to(self, device: torch.device) -> StaticTree:
         """Return a tree that drafts on another device."""
         moved = copy.copy(self)
-        moved.__dict__["_nodes"] = tuple(each.to(device) for each in self._nodes)
+        moved.__dict__["_nodes"] = _Nodes(*(each.to(device) for each in self._nodes))
         return moved
 
     def draft(
@@ -83,28 +96,27 @@ class StaticTree:
             chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
-        head, rank, parents, num_nodes, chain, chain_parents, chain_length = self._nodes
-        drafted = tokens[:, head, rank]
+        nodes = self._nodes
+        drafted = tokens[:, nodes.heads, nodes.ranks]
         if chained is None:
-            return Drafts(drafted, parents.expand_as(drafted), num_nodes.expand(len(drafted)))
+            return Drafts(drafted, nodes.parents.expand_as(drafted), nodes.length.expand(len(drafted)))
         return Drafts(
-            tokens=torch.where(chained[:, None], drafted[:, chain], drafted),
-            parents=torch.where(chained[:, None], chain_parents, parents),
-            lengths=torch.where(chained, chain_length, num_nodes),
+            tokens=torch.where(chained[:, None], drafted[:, nodes.top_path_first], drafted),
+            parents=torch.where(chained[:, None], nodes.chain_parents, nodes.parents),
+            lengths=torch.where(chained, nodes.chain_length, nodes.length),
         )
 
     @cached_property
-    def _nodes(self) -> tuple[torch.Tensor, ...]:
-        """Heads, ranks and parents of the nodes, their number; the nodes with the top path first, its length."""
-        chain = sorted(range(self.num_nodes), key=lambda node: node not in self.top_path)
-        return (
-            self.topology.depths[1:] - 1,
-            self.ranks[1:],
-            self.topology.parents[1:],
-            torch.tensor(self.num_nodes),
-            torch.tensor(chain, dtype=torch.int64),
-            torch.arange(self.num_nodes),
-            torch.tensor(len(self.top_path)),
+    def _nodes(self) -> _Nodes:
+        top_path_first = sorted(range(self.num_nodes), key=lambda node: node not in self.top_path)
+        return _Nodes(
+            heads=self.topology.depths[1:] - 1,
+            ranks=self.ranks[1:],
+            parents=self.topology.parents[1:],
+            length=torch.tensor(self.num_nodes),
+            top_path_first=torch.tensor(top_path_first, dtype=torch.int64),
+            chain_parents=torch.arange(self.num_nodes),
+            chain_length=torch.tensor(len(self.top_path)),
         )
 
     @property
@@ -112,7 +124,7 @@ class StaticTree:
         """The longest path's number of ranks: how many heads the tree needs."""
         return self.topology.depth
 
-    @property
+    @cached_property
     def top_k(self) -> int:
         """How many of each head's most probable tokens the tree needs."""
         return int(self.ranks.max()) + 1

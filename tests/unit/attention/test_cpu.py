@@ -337,7 +337,7 @@ def test_a_step_without_branching_trees_is_left_to_the_stock_op() -> None:
     metadata = step.metadata()
     assert isinstance(metadata, TreeCPUAttentionMetadata)
     assert metadata.native is not None
-    assert metadata.native.token.tolist() == list(range(5))
+    assert metadata.native.token_indices.tolist() == list(range(5))
     assert metadata.context.tolist() == [7]
 
 

@@ -40,7 +40,7 @@ def test_rows_lie_request_by_request_with_the_parents_and_depths_of_their_tree(s
 @deterministic
 @given(steps())
 def test_the_bitmask_of_a_row_holds_its_path_and_prompts_are_causal(step: Step) -> None:
-    words = step.derive().ancestors
+    words = step.derive().ancestor_bits
     for index, request in enumerate(step.requests):
         for local, token in enumerate(step.tokens_of(index)):
             assert bits_of(words[token].tolist()) == path_to(request.tree, local)
@@ -51,7 +51,7 @@ def test_the_bitmask_of_a_row_holds_its_path_and_prompts_are_causal(step: Step) 
 @deterministic
 @given(trees() | trees(min_rows=WORD_BITS - 1, max_rows=WORD_BITS + 3) | trees(**WIDE))
 def test_bitmasks_hold_bit_j_exactly_where_row_j_is_an_ancestor(tree: DraftTree) -> None:
-    words = alone(tree).ancestors
+    words = alone(tree).ancestor_bits
     assert words.shape == (len(tree), -(-len(tree) // WORD_BITS))
     assert words.dtype == torch.int64
     assert (words >= 0).all()

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_medusa.attention.metadata import TreeMetadataBuilder
+from vllm_medusa.attention.metadata import TreeBackendMixin, TreeMetadataBuilder
 from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
 from vllm_medusa.compat.backends import overridden
 
@@ -103,11 +103,11 @@ class TreeBuilderMixin(TreeMetadataBuilder):
     ) -> TreeAttentionMetadata:
         assert self.trees is not None
         step = AttentionStep(
-            query_start=common.query_start_loc[: requests + 1],
+            query_start_loc=common.query_start_loc[: requests + 1],
             seq_lens=common.seq_lens[:requests],
             block_table=common.block_table_tensor[:requests],
-            ancestors=self.trees.ancestors[:tokens],
-            depth=self.trees.depths[:tokens],
+            ancestor_bits=self.trees.ancestor_bits[:tokens],
+            depths=self.trees.depths[:tokens],
             max_rows=max_rows,
         )
         return TreeAttentionMetadata(step, tokens, self._workspace, native)
@@ -203,18 +203,10 @@ class TreeFlashAttentionImpl(TreeImplMixin, FlashAttentionImpl):
     """FlashAttention for prompts and plain decodes."""
 
 
-class TreeFlashAttentionBackend(FlashAttentionBackend):
-    """FlashAttention with tree masks; it keeps the name, by which vLLM knows its layouts and limits."""
+class TreeFlashAttentionBackend(TreeBackendMixin, FlashAttentionBackend):
+    """FlashAttention with tree masks."""
 
-    @staticmethod
-    def get_impl_cls() -> type[TreeFlashAttentionImpl]:
-        """Return the implementation."""
-        return TreeFlashAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[TreeFlashAttentionMetadataBuilder]:
-        """Return the metadata builder."""
-        return TreeFlashAttentionMetadataBuilder
+    tree_impl, tree_builder = TreeFlashAttentionImpl, TreeFlashAttentionMetadataBuilder
 
 
 class TreeTritonAttentionMetadataBuilder(TreeBuilderMixin, TreeMetadataBuilder, TritonAttentionMetadataBuilder):
@@ -225,18 +217,10 @@ class TreeTritonAttentionImpl(TreeImplMixin, TritonAttentionImpl):
     """vLLM's Triton attention for prompts and plain decodes."""
 
 
-class TreeTritonAttentionBackend(TritonAttentionBackend):
-    """vLLM's Triton backend with tree masks; it keeps the name, by which vLLM knows its layouts and limits."""
+class TreeTritonAttentionBackend(TreeBackendMixin, TritonAttentionBackend):
+    """vLLM's Triton backend with tree masks."""
 
-    @staticmethod
-    def get_impl_cls() -> type[TreeTritonAttentionImpl]:
-        """Return the implementation."""
-        return TreeTritonAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[TreeTritonAttentionMetadataBuilder]:
-        """Return the metadata builder."""
-        return TreeTritonAttentionMetadataBuilder
+    tree_impl, tree_builder = TreeTritonAttentionImpl, TreeTritonAttentionMetadataBuilder
 
 
 def _behind(common: CommonAttentionMetadata, requests: int, tokens: int) -> CommonAttentionMetadata:

@@ -22,25 +22,25 @@ RIGHT_EDGE = tl.constexpr(2)
 """Parts of a row's keys: those around the window's start, those that every row sees, and those around the rows' own."""
 
 
-@triton.jit(do_not_specialize=["requests", "splits"])
+@triton.jit(do_not_specialize=["num_reqs", "splits"])
 def attend_kernel(
-    query_ptr: tl.tensor,  # [tokens, heads, head_dim]
+    query_ptr: tl.tensor,  # [num_tokens, heads, head_dim]
     key_cache_ptr: tl.tensor,  # [blocks, block_size, kv_heads, head_dim]
     value_cache_ptr: tl.tensor,  # [blocks, block_size, kv_heads, head_dim]
-    output_ptr: tl.tensor,  # [tokens, heads, head_dim]
-    partial_ptr: tl.tensor,  # [tokens, heads, splits, head_dim], float32
-    log_total_ptr: tl.tensor,  # [tokens, heads, splits], float32: log2 of each stretch's sum of exponentials
-    query_start_ptr: tl.tensor,  # [requests + 1]
-    seq_lens_ptr: tl.tensor,  # [requests]
-    block_table_ptr: tl.tensor,  # [requests, blocks]
-    ancestors_ptr: tl.tensor,  # [tokens, words], int64
-    depth_ptr: tl.tensor,  # [tokens]
+    output_ptr: tl.tensor,  # [num_tokens, heads, head_dim]
+    partial_ptr: tl.tensor,  # [num_tokens, heads, splits, head_dim], float32
+    log_total_ptr: tl.tensor,  # [num_tokens, heads, splits], float32: log2 of each stretch's sum of exponentials
+    query_start_loc_ptr: tl.tensor,  # [num_reqs + 1]
+    seq_lens_ptr: tl.tensor,  # [num_reqs]
+    block_table_ptr: tl.tensor,  # [num_reqs, blocks]
+    ancestor_bits_ptr: tl.tensor,  # [num_tokens, words], int64
+    depths_ptr: tl.tensor,  # [num_tokens]
     sinks_ptr: tl.tensor,  # [heads], or None
     key_scale_ptr: tl.tensor,  # scalar, or None
     value_scale_ptr: tl.tensor,  # scalar, or None
     scale: tl.tensor,
     soft_cap: tl.tensor,
-    requests: tl.tensor,
+    num_reqs: tl.tensor,
     splits: tl.tensor,
     query_token_stride: tl.tensor,
     query_head_stride: tl.tensor,
@@ -72,18 +72,20 @@ def attend_kernel(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
 
-    # Request i's blocks begin at query_start[i] // block_queries + i, so this grid needs no sizes from the device.
+    # Find the program's request and rows.
+    # Request i's blocks begin at query_start_loc[i] // block_queries + i, so this grid needs no sizes from the device.
     request_index = tl.arange(0, padded_requests)
-    is_request = request_index < requests
-    starts = tl.load(query_start_ptr + request_index, mask=is_request, other=0)
+    is_request = request_index < num_reqs
+    starts = tl.load(query_start_loc_ptr + request_index, mask=is_request, other=0)
     is_before = is_request & (starts // block_queries + request_index <= block_index)
     request = tl.sum(is_before.to(tl.int32), axis=0) - 1
-    start = tl.load(query_start_ptr + request)
-    rows = tl.load(query_start_ptr + request + 1) - start
+    start = tl.load(query_start_loc_ptr + request)
+    rows = tl.load(query_start_loc_ptr + request + 1) - start
     first_row = (block_index - start // block_queries - request) * block_queries
     if first_row >= rows:
         return
 
+    # Load the queries: of each row all heads that share the KV head, one after another.
     place = tl.arange(0, block_rows)
     row = first_row + place // group
     head = kv_head * group + place % group
@@ -95,10 +97,11 @@ def attend_kernel(
     query_at = (token * query_token_stride + head * query_head_stride)[:, None] + dim[None, :]
     query = tl.load(query_ptr + query_at, mask=is_number, other=0.0)
 
+    # Bound the keys by what the rows may see.
     context = tl.load(seq_lens_ptr + request) - rows
-    ancestors = ancestors_ptr + start.to(tl.int64) * words
-    depth = depth_ptr + start
-    is_tree = tl.load(ancestors) >= 0
+    ancestor_bits = ancestor_bits_ptr + start.to(tl.int64) * words
+    depth = depths_ptr + start
+    is_tree = tl.load(ancestor_bits) >= 0
     row_depth = tl.where(is_tree, tl.load(depth + row, mask=is_row, other=0), row)
 
     # Some row sees keys first_key to end_key - 1; every row sees those of them from every_first to every_end - 1.
@@ -120,6 +123,7 @@ def attend_kernel(
     first_open = tl.minimum(tl.maximum((every_first + tile - 1) // tile, first_tile), end_tile)
     end_open = tl.minimum(tl.maximum(every_end // tile, first_open), end_tile)
 
+    # Start the online softmax, in the first stretch with the sink: a key of that score and of value zero.
     maximum = tl.full([block_rows], NEVER, tl.float32)
     total = tl.zeros([block_rows], tl.float32)
     accumulated = tl.zeros([block_rows, padded_dim], tl.float32)
@@ -136,6 +140,7 @@ def attend_kernel(
     value_cache = value_cache_ptr + kv_head.to(tl.int64) * value_head_stride + dim[None, :]
     block_table = block_table_ptr + request.to(tl.int64) * block_table_stride
 
+    # Take in the stretch, tile by tile: without a mask where every row sees every key, with one at both edges.
     first_part: tl.constexpr = LEFT_EDGE if window > 0 else OPEN
     for part in tl.static_range(first_part, RIGHT_EDGE + 1):
         if part == LEFT_EDGE:
@@ -145,6 +150,7 @@ def attend_kernel(
         else:
             part_first, part_end = end_open, end_tile
         for index in tl.range(part_first, part_end, num_stages=stages if part == OPEN else 1):
+            # Load the tile's keys and values through the block table.
             slot = index * tile + tl.arange(0, tile)
             offset = slot - context
             slot_at = slot % block_size
@@ -165,13 +171,15 @@ def attend_kernel(
                 key = tl.load(keys)
                 value = tl.load(values)
 
+            # Score the keys.
             score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee") * score_scale
             if capped:
                 # tanh(y) = 1 - 2 / (exp(2 y) + 1) saturates where a quotient of exponentials would overflow.
                 score = soft_cap * (1 - 2 / (tl.exp2(score * (2 * LOG2_E / soft_cap)) + 1)) * LOG2_E
             if part != OPEN:
-                seen = _visible(offset, row, row_depth, is_row, is_tree, ancestors, depth, window, words)
+                seen = _visible(offset, row, row_depth, is_row, is_tree, ancestor_bits, depth, window, words)
                 score = tl.where(seen, score, NEVER)
+            # Fold the tile into the running maximum, sum and output.
             new_maximum = tl.maximum(maximum, tl.max(score, axis=1))
             shift = tl.where(new_maximum == NEVER, 0.0, new_maximum)
             weight = tl.exp2(score - shift[:, None])
@@ -181,6 +189,7 @@ def attend_kernel(
             accumulated = tl.dot(weight.to(query.dtype), value.to(query.dtype), accumulated, input_precision="ieee")
             maximum = new_maximum
 
+    # Write the output, or what the merge needs of this stretch.
     output = accumulated / tl.where(total > 0, total, 1.0)[:, None]
     if value_scale_ptr is not None:
         output = output * tl.load(value_scale_ptr)
@@ -200,7 +209,7 @@ def _visible(
     row_depth: tl.tensor,  # [block_rows]
     is_row: tl.tensor,  # [block_rows]
     is_tree: tl.tensor,
-    ancestors: tl.tensor,  # [rows, words], int64
+    ancestor_bits: tl.tensor,  # [rows, words], int64
     depth: tl.tensor,  # [rows]
     window: tl.constexpr,
     words: tl.constexpr,
@@ -211,7 +220,7 @@ def _visible(
     if is_tree:
         seen = seen & (offset < 0)[None, :]
         for word in tl.static_range(words):
-            bits = tl.load(ancestors + row * words + word, mask=is_row, other=0)
+            bits = tl.load(ancestor_bits + row * words + word, mask=is_row, other=0)
             bit = offset - word * BITS
             in_word = (bit >= 0) & (bit < BITS)
             low, high = bits.to(tl.int32)[:, None], (bits >> 32).to(tl.int32)[:, None]
@@ -225,13 +234,13 @@ def _visible(
     return seen
 
 
-@triton.jit(do_not_specialize=["requests", "splits"])
+@triton.jit(do_not_specialize=["num_reqs", "splits"])
 def merge_kernel(
-    partial_ptr: tl.tensor,  # [tokens, heads, splits, head_dim], float32
-    log_total_ptr: tl.tensor,  # [tokens, heads, splits], float32
-    output_ptr: tl.tensor,  # [tokens, heads, head_dim]
-    query_start_ptr: tl.tensor,  # [requests + 1]
-    requests: tl.tensor,
+    partial_ptr: tl.tensor,  # [num_tokens, heads, splits, head_dim], float32
+    log_total_ptr: tl.tensor,  # [num_tokens, heads, splits], float32
+    output_ptr: tl.tensor,  # [num_tokens, heads, head_dim]
+    query_start_loc_ptr: tl.tensor,  # [num_reqs + 1]
+    num_reqs: tl.tensor,
     splits: tl.tensor,
     output_token_stride: tl.tensor,
     output_head_stride: tl.tensor,
@@ -242,7 +251,7 @@ def merge_kernel(
     """Average one token's stretches of one head, each weighted by its sum of exponentials."""
     token = tl.program_id(0)
     head = tl.program_id(1)
-    if token >= tl.load(query_start_ptr + requests):
+    if token >= tl.load(query_start_loc_ptr + num_reqs):
         return
     split = tl.arange(0, padded_splits)
     dim = tl.arange(0, padded_dim)

@@ -31,24 +31,24 @@ class AttentionStep:
     """Which keys the tokens of one step see; the same for every layer of a KV cache group.
 
     A request's rows follow one another. In a request of r rows and context ``c = seq_len - r``, row i has slot c + i,
-    its key written already. All rows of a request are causal, or all are a tree's. Tokens past ``query_start[-1]``, and
-    requests without rows, are padding, for which nothing is written.
+    its key written already. All rows of a request are causal, or all are a tree's. Tokens past ``query_start_loc[-1]``
+    and requests without rows are padding, for which nothing is written.
 
     Attributes:
-        query_start: ``[requests + 1]``, int32: each request's first row among the tokens.
-        seq_lens: ``[requests]``, int32: context and rows.
-        block_table: ``[requests, blocks]``, int32.
-        ancestors: ``[tokens, words]``, int64, contiguous: ``StepTrees.ancestors``.
-        depth: ``[tokens]``, int32 or int64, contiguous: ``StepTrees.depths``.
+        query_start_loc: ``[num_reqs + 1]``, int32: each request's first row among the tokens.
+        seq_lens: ``[num_reqs]``, int32: context and rows.
+        block_table: ``[num_reqs, blocks]``, int32.
+        ancestor_bits: ``[num_tokens, words]``, int64, contiguous: ``StepTrees.ancestor_bits``.
+        depths: ``[num_tokens]``, int32 or int64, contiguous: ``StepTrees.depths``.
         max_rows: at least the rows of the request with most, known on the host.
 
     """
 
-    query_start: torch.Tensor
+    query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    ancestors: torch.Tensor
-    depth: torch.Tensor
+    ancestor_bits: torch.Tensor
+    depths: torch.Tensor
     max_rows: int
 
 
@@ -82,17 +82,17 @@ class Workspace:
         partial: ``[stretches, head_dim]``, float32.
         log_total: ``[stretches]``, float32.
         programs: how many programs keep the device busy.
-        max_requests: the most requests a step may have, padding included.
+        max_num_reqs: the most requests a step may have, padding included.
 
     """
 
     partial: torch.Tensor
     log_total: torch.Tensor
     programs: int
-    max_requests: int
+    max_num_reqs: int
 
     @classmethod
-    def allocate(cls, head_dim: int, max_requests: int, processors: int, device: torch.device) -> Workspace:
+    def allocate(cls, head_dim: int, max_num_reqs: int, processors: int, device: torch.device) -> Workspace:
         """Allocate for steps of any size on a device of that many multiprocessors."""
         programs = PROGRAMS_PER_PROCESSOR * processors
         stretches = programs * MAX_BLOCK_ROWS
@@ -100,7 +100,7 @@ class Workspace:
             partial=torch.empty(stretches, head_dim, dtype=torch.float32, device=device),
             log_total=torch.empty(stretches, dtype=torch.float32, device=device),
             programs=programs,
-            max_requests=max_requests,
+            max_num_reqs=max_num_reqs,
         )
 
 
@@ -123,15 +123,15 @@ class Tiling:
     warps: int
     stages: int
 
-    def num_blocks(self, tokens: int, requests: int, group: int) -> int:
+    def num_blocks(self, num_tokens: int, num_reqs: int, group: int) -> int:
         """Bound the blocks of rows of that many tokens, however they fall to the requests."""
-        return tokens // (self.block_rows // group) + requests
+        return num_tokens // (self.block_rows // group) + num_reqs
 
 
 @lru_cache
 def choose_tiling(
-    tokens: int,
-    requests: int,
+    num_tokens: int,
+    num_reqs: int,
     max_rows: int,
     heads: int,
     kv_heads: int,
@@ -143,8 +143,8 @@ def choose_tiling(
     """Choose the tiling for a step's shape, which is all that it depends on: a CUDA graph may hold the launch.
 
     Args:
-        tokens: the step's, padding included.
-        requests: the step's, padding included.
+        num_tokens: the step's, padding included.
+        num_reqs: the step's, padding included.
         max_rows: of one request.
         heads: query heads.
         kv_heads: KV heads.
@@ -159,7 +159,7 @@ def choose_tiling(
     most_rows = MIN_DOT if query_bytes == FLOAT32_BYTES else min(MAX_BLOCK_ROWS, TILE_BYTES // row_bytes)
     block_rows = max(min(next_power_of_2(max_rows * group), most_rows), next_power_of_2(group), MIN_DOT)
     block_queries = block_rows // group
-    blocks = min(tokens // block_queries + requests, requests * cdiv(max_rows, block_queries))
+    blocks = min(num_tokens // block_queries + num_reqs, num_reqs * cdiv(max_rows, block_queries))
     tile = TILE_BYTES // (2 * next_power_of_2(head_dim) * cache_bytes)
     return Tiling(
         block_rows=block_rows,
@@ -185,10 +185,10 @@ def tree_attention(
     Scores and sums are float32; products are taken in the query's dtype. Nothing waits for the device.
 
     Args:
-        query: ``[tokens, heads, head_dim]``, float32, float16 or bfloat16; the last stride is 1, as in all below.
+        query: ``[num_tokens, heads, head_dim]``, float32, float16 or bfloat16; the last stride is 1, as in all below.
         key_cache: ``[blocks, block_size, kv_heads, head_dim]``, of the query's dtype or an eight-bit float.
         value_cache: the same.
-        output: ``[tokens, heads, head_dim]``, written in place.
+        output: ``[num_tokens, heads, head_dim]``, written in place.
         step: which keys each token sees.
         options: how the layer attends.
         workspace: of the layer's head_dim.
@@ -198,14 +198,14 @@ def tree_attention(
         ValueError: the step has more requests than the workspace was allocated for.
 
     """
-    (tokens, heads, head_dim), (requests,) = query.shape, step.seq_lens.shape
+    (num_tokens, heads, head_dim), (num_reqs,) = query.shape, step.seq_lens.shape
     _, block_size, kv_heads, _ = key_cache.shape
-    if requests > workspace.max_requests:
-        raise ValueError(f"the step has {requests} requests, its workspace allows {workspace.max_requests}")
+    if num_reqs > workspace.max_num_reqs:
+        raise ValueError(f"the step has {num_reqs} requests, its workspace allows {workspace.max_num_reqs}")
     if tiling is None:
         tiling = choose_tiling(
-            tokens,
-            requests,
+            num_tokens,
+            num_reqs,
             step.max_rows,
             heads,
             kv_heads,
@@ -214,24 +214,24 @@ def tree_attention(
             key_cache.element_size(),
             workspace.programs,
         )
-    attend_kernel[(tiling.num_blocks(tokens, requests, heads // kv_heads), kv_heads, tiling.splits)](
+    attend_kernel[(tiling.num_blocks(num_tokens, num_reqs, heads // kv_heads), kv_heads, tiling.splits)](
         query,
         key_cache,
         value_cache,
         output,
         workspace.partial,
         workspace.log_total,
-        step.query_start,
+        step.query_start_loc,
         step.seq_lens,
         step.block_table,
-        step.ancestors,
-        step.depth,
+        step.ancestor_bits,
+        step.depths,
         options.sinks,
         options.key_scale,
         options.value_scale,
         options.scale,
         options.soft_cap or 0.0,
-        requests,
+        num_reqs,
         tiling.splits,
         query.stride(0),
         query.stride(1),
@@ -244,23 +244,23 @@ def tree_attention(
         padded_dim=max(next_power_of_2(head_dim), MIN_DOT),
         group=heads // kv_heads,
         block_size=block_size,
-        words=step.ancestors.shape[1],
+        words=step.ancestor_bits.shape[1],
         window=options.window or 0,
         capped=options.soft_cap is not None,
         is_split=tiling.splits > 1,
-        padded_requests=next_power_of_2(workspace.max_requests),
+        padded_requests=next_power_of_2(workspace.max_num_reqs),
         block_rows=tiling.block_rows,
         tile=tiling.tile,
         stages=tiling.stages,
         num_warps=tiling.warps,
     )
     if tiling.splits > 1:
-        merge_kernel[(tokens, heads)](
+        merge_kernel[(num_tokens, heads)](
             workspace.partial,
             workspace.log_total,
             output,
-            step.query_start,
-            requests,
+            step.query_start_loc,
+            num_reqs,
             tiling.splits,
             output.stride(0),
             output.stride(1),

@@ -38,7 +38,7 @@ class MedusaSpeculator(BaseSpeculator):
     """The proposer in V2's terms.
 
     Attributes:
-        last_token: ``[num_reqs]``, int64: index of the token at whose row each request of the step stopped.
+        last_token_indices: ``[num_reqs]``, int64: index of the token at whose row each request of the step stopped.
         chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
         drafts: the trees of drafts that wait for their verification.
 
@@ -50,7 +50,7 @@ class MedusaSpeculator(BaseSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.proposer = MedusaProposer(vllm_config)
         self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
-        self.last_token: torch.Tensor | None = None
+        self.last_token_indices: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -76,7 +76,7 @@ class MedusaSpeculator(BaseSpeculator):
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
         if dummy_run:
             return self.proposer.propose(last_hidden_states[: input_batch.num_reqs]).tokens
-        drafts = self.proposer.propose(last_hidden_states[self.last_token], self.chained)
+        drafts = self.proposer.propose(last_hidden_states[self.last_token_indices], self.chained)
         self.drafts.keep(input_batch.idx_mapping, drafts)
         return drafts.tokens if self.chained is None else drafts.padded_tokens()
 
@@ -172,7 +172,7 @@ class MedusaModelRunner(GPUModelRunner):
         if verifier.accepted is not None:
             self._commit(trees, verifier.accepted, list(self._slots))
             last_row = verifier.accepted.last_row
-        self.speculator.last_token = trees.logits_indices[last_row]
+        self.speculator.last_token_indices = trees.logits_indices[last_row]
         chained = self._follows_grammar[input_batch.idx_mapping_np]
         self.speculator.chained = async_tensor_h2d(chained, device=self.device) if chained.any() else None
         return sampled

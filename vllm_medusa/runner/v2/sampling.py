@@ -123,7 +123,7 @@ class TreeVerifier:
         self,
         logits: torch.Tensor,  # [rows, vocab_size]
         input_batch: InputBatch,
-        token: torch.Tensor,  # [rows]: indices among the step's tokens
+        token_indices: torch.Tensor,  # [rows]: indices among the step's tokens
         request: torch.Tensor,  # [rows]: V2's expanded_idx_mapping
         local_position: torch.Tensor,  # [rows]: V2's expanded_local_pos
     ) -> torch.Tensor:  # [rows], int64
@@ -132,8 +132,8 @@ class TreeVerifier:
             request,
             input_batch.idx_mapping,
             input_batch.idx_mapping_np,
-            input_batch.positions[token],
-            input_batch.input_ids[token],
+            input_batch.positions[token_indices],
+            input_batch.input_ids[token_indices],
             local_position,
             input_batch.seq_lens_cpu_upper_bound.numpy(),
         )

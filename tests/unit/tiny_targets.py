@@ -23,6 +23,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from vllm_medusa.training.heads import TrainableHeads
+
 VOCABULARY = 16
 
 SIZES = {
@@ -92,3 +94,8 @@ def counting(blocks: int, seed: int, length: int = 24) -> torch.Tensor:
     """Texts that count up from anywhere, modulo the vocabulary's size: ``[blocks, length]``."""
     starts = torch.randint(VOCABULARY, (blocks, 1), generator=torch.Generator().manual_seed(seed))
     return (starts + torch.arange(length)) % VOCABULARY
+
+
+def all_logits(heads: TrainableHeads, hidden: torch.Tensor) -> torch.Tensor:
+    """Return ``[num_heads, ..., vocab_size]`` for ``hidden`` of ``[..., hidden_size]``."""
+    return torch.stack([heads.logits(head, hidden) for head in range(heads.spec.num_heads)])

@@ -27,7 +27,7 @@ from vllm_medusa.checkpoint.published import (
 )
 from vllm_medusa.checkpoint.target import check_sizes, read_lm_head
 from vllm_medusa.checkpoint.weight_files import WeightFile, Weights
-from vllm_medusa.files import replaced_directory
+from vllm_medusa.files import replaced_directory, write_json
 
 HEADS_DIRECTORY = "heads"
 TARGET_DIRECTORY = "target"
@@ -121,8 +121,8 @@ def write_target(source: Path, weights: Weights, config: Mapping[str, Any], dire
         weight_map |= dict.fromkeys(names, shard)
     if len(kept) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        _write_json(directory / SAFE_WEIGHTS_INDEX_NAME, index)
-    _write_json(directory / CONFIG_FILE, _target_entries(config))
+        write_json(directory / SAFE_WEIGHTS_INDEX_NAME, index)
+    write_json(directory / CONFIG_FILE, _target_entries(config))
     for path in source.iterdir():
         weights_or_config = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".index.json", CONFIG_FILE))
         if path.is_file() and not weights_or_config:
@@ -173,7 +173,3 @@ def _target_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     if plain := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", "")):
         entries["architectures"] = [plain]
     return entries
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_medusa.files import replaced_directory
+from vllm_medusa.files import replaced_directory, write_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -140,15 +140,18 @@ def write_heads(
     spec.validate(state_dict)
     config = spec.to_config()
     extra = dict(extra_config or {})
-    # vLLM 0.32 renames every key with "num" and "heads" (or "layers") in it to num_heads (or num_hidden_layers).
-    clashes = [key for key in extra if key in config or ("num" in key and ("heads" in key or "layers" in key))]
-    if clashes:
+    if clashes := [key for key in extra if key in config or is_read_as_size(key)]:
         raise ValueError(f"extra_config may not hold {', '.join(clashes)}: vLLM reads the heads' sizes from such names")
     with replaced_directory(directory) as temporary:
-        (temporary / CONFIG_FILE).write_text(json.dumps(config | extra, indent=2) + "\n")
+        write_json(temporary / CONFIG_FILE, config | extra)
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
     return Path(directory)
+
+
+def is_read_as_size(key: str) -> bool:
+    """Whether vLLM 0.32 takes a key of ``config.json`` for ``num_heads`` or ``num_hidden_layers``."""
+    return "num" in key and ("heads" in key or "layers" in key)
 
 
 def read_spec(directory: str | os.PathLike[str]) -> HeadsSpec:

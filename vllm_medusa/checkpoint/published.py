@@ -14,7 +14,6 @@ tensors and are told from them by that prefix.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec
+from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec, is_read_as_size
 from vllm_medusa.checkpoint.weight_files import ORIGINAL_FILE, Weights
-from vllm_medusa.files import replaced_directory
+from vllm_medusa.files import replaced_directory, write_json
 
 PREFIX = r"(?P<prefix>medusa_heads?\.)?"
 ORIGINAL_NAME = re.compile(PREFIX + r"(?P<head>\d+)\.(?P<layer>\d+)\.(?:linear\.(?P<parameter>weight|bias)|weight)")
@@ -235,7 +234,7 @@ def write_original(directory: Path, heads: PublishedHeads) -> Path:
     if not spec.fc_bias:
         config["medusa_fc_bias"] = False
     with replaced_directory(directory) as temporary:
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / CONFIG_FILE, config)
         with (temporary / ORIGINAL_FILE).open("wb") as file:
             torch.save(state, file)
     return directory
@@ -269,13 +268,9 @@ def _check_one_module(heads: PublishedHeads) -> None:
 
 
 def _extra(config: Mapping[str, Any], spec: HeadsSpec) -> dict[str, Any]:
-    """Keep what says neither the sizes nor the layout; vLLM takes every key with "num" and "heads" in it for a size."""
-    sizes = {*spec.to_config(), *OWN_ENTRIES}
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in sizes and not ("num" in key and ("heads" in key or "layers" in key))
-    }
+    """Keep the entries of ``config`` that state neither sizes nor the layout."""
+    known = {*spec.to_config(), *OWN_ENTRIES}
+    return {key: value for key, value in config.items() if key not in known and not is_read_as_size(key)}
 
 
 def _first(names: list[str], most: int = 3) -> str:

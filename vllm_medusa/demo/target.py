@@ -108,11 +108,3 @@ def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool
                 schedule.step()
             report(loss.item())
     return model.eval()
-
-
-@torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, blocks: torch.Tensor, batch_size: int = 16) -> float:
-    """Return the mean cross-entropy on ``[blocks, length]`` that the model was not trained on."""
-    batches = blocks.split(batch_size)
-    losses = [model(input_ids=tokens, labels=tokens, use_cache=False).loss.item() * len(tokens) for tokens in batches]
-    return sum(losses) / len(blocks)

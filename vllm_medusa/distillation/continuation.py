@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.progress import track
 
-from vllm_medusa.data.packing import Sample
-from vllm_medusa.training.losses import IGNORED
+from vllm_medusa.data.packing import IGNORED, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

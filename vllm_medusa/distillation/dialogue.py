@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.data.record_files import BadLineCounter, Source
 from vllm_medusa.data.records import Completion, Conversation, Message, Role, TurnTokens
-from vllm_medusa.data.seeds import Seed
 
 
 class PromptStyle(StrEnum):
@@ -103,7 +103,7 @@ class Dialogue:
         self,
         source: Source,
         number: int,
-        seed: Seed,
+        seed: Prompt,
         style: PromptStyle,
         sampling: Sampling,
         bad_lines: BadLineCounter,
@@ -115,7 +115,7 @@ class Dialogue:
         self._bad_lines = bad_lines
         self._number = number
         self._sampling = sampling
-        self._unsaid = deque(seed.prompts if style is PromptStyle.CHAT else [seed.first_prompt])
+        self._unsaid = deque(seed.prompts if style is PromptStyle.CHAT else [seed.first_user_message])
         self._answers: list[Answer] = []
         self._prompt()
 
@@ -129,7 +129,7 @@ class Dialogue:
         """Tokens of all answers."""
         return sum(answer.num_tokens for answer in self._answers)
 
-    def hear(self, answer: Answer) -> None:
+    def add_answer(self, answer: Answer) -> None:
         """Take the target's answer, and go on to the user's next turn."""
         if not answer.text.strip():
             self.is_open = False

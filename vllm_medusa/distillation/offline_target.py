@@ -72,7 +72,7 @@ class OfflineTarget:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 number, answer = int(output.request_id), _answer(output)
-                dialogues[number].hear(answer)
+                dialogues[number].add_answer(answer)
                 on_answer(dialogues[number], answer)
                 self._submit(number, dialogues[number])
 

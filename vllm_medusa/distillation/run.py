@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, Source, without_directories
-from vllm_medusa.data.seeds import Seed, read_seeds
 from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling, Target
 from vllm_medusa.distillation.manifest import Counts, Manifest, sha256_of
 from vllm_medusa.distillation.progress import generation_progress
@@ -65,7 +65,7 @@ def distill(
     itself varies, it ends with the very files that it would have written without the interruption.
 
     Args:
-        files: prompts; what ``read_seeds`` takes.
+        files: prompts; what ``read_prompts`` takes.
         output: the directory; new, empty, or of a run that was interrupted.
         config: the settings; the style is chat if it is None.
         target: the model.
@@ -83,7 +83,7 @@ def distill(
 
     """
     files = without_directories(files)
-    prompts = sum(1 for _ in read_seeds(files, bad_lines))  # All lines are checked before a model is loaded.
+    prompts = sum(1 for _ in read_prompts(files, bad_lines))  # All lines are checked before a model is loaded.
     if prompts == 0:
         reason = f": {bad_lines.first}" if bad_lines.first else ""
         raise ValueError(f"no prompts in {', '.join(map(str, files)) or 'no files'}{reason}")
@@ -119,9 +119,9 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.jsonl"
 
 
-def _groups(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Seed]]]]:
+def _groups(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Prompt]]]]:
     """Yield the seeds in groups, each with its first seed's number; bad lines were dealt with before."""
-    seeds = read_seeds(files, BadLineCounter(BadLines.SKIP))
+    seeds = read_prompts(files, BadLineCounter(BadLines.SKIP))
     first = 0
     while group := list(islice(seeds, size)):
         yield first, group

@@ -78,7 +78,7 @@ class ServedTarget:
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                     dialogue.refuse(f"the server refuses it: {_reason(error)}")
                 else:
-                    dialogue.hear(answer)
+                    dialogue.add_answer(answer)
                     on_answer(dialogue, answer)
 
     async def _ask(self, client: openai.AsyncOpenAI, dialogue: Dialogue) -> Answer:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_medusa.checkpoint.format import CONFIG_FILE
-from vllm_medusa.files import replaced_file
+from vllm_medusa.files import write_json
 from vllm_medusa.tree.static import (
     MAX_NODES,
     StaticTree,
@@ -93,5 +93,4 @@ def write_calibration(directory: Path, calibration: Calibration, nodes: int | No
     path = directory / CONFIG_FILE
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config |= {"medusa_tree": tree, "medusa_accuracies": calibration.accuracies.tolist()}
-    with replaced_file(path) as stream:
-        stream.write(json.dumps(config, indent=2) + "\n")
+    write_json(path, config)

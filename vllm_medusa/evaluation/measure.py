@@ -12,11 +12,10 @@ from rich.progress import track
 
 from vllm_medusa.checkpoint.format import read_spec, read_state
 from vllm_medusa.checkpoint.target import check_sizes
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.training.accuracy import score_heads
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
-from vllm_medusa.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +40,7 @@ class Evaluation:
         return torch.tensor(self.accuracies, dtype=torch.float64).cumsum(dim=1).tolist()
 
 
-def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel) -> MedusaHeads:
+def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel) -> TrainableHeads:
     """Load a served checkpoint next to its target's LM head, in its dtype, as an engine does.
 
     Raises:
@@ -55,7 +54,7 @@ def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel)
         raise ValueError(f"{directory}: {error}; bring published heads into it with vllm-medusa convert") from None
     check_sizes(spec, target_directory)
     with torch.device("meta"):
-        heads = MedusaHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size))
+        heads = TrainableHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size))
     heads.load_state_dict(read_state(directory), assign=True)
     weight = lm_head_of(target).get_parameter("weight")
     return heads.to(weight.device, weight.dtype)
@@ -64,7 +63,7 @@ def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel)
 @torch.no_grad()
 def evaluate_heads(
     target: PreTrainedModel,
-    heads: MedusaHeads,
+    heads: TrainableHeads,
     samples: Sequence[Sample],
     ranks: int = 10,
     batch_size: int = 8,

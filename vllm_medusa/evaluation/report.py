@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import Evaluation
-from vllm_medusa.files import replaced_file
+from vllm_medusa.files import replaced_file, write_json
 
 SHOWN_RANKS = (1, 2, 3, 5, 10)
 """Columns of the table of accuracies."""
@@ -56,8 +55,7 @@ def write_results(path: Path, evaluation: Evaluation, calibration: Calibration, 
         "medusa_accuracies": evaluation.accuracies,
         "expected_acceptance_length": list(map(asdict, _trees(calibration))),
     }
-    with replaced_file(path) as stream:
-        stream.write(json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
 
 
 def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
@@ -88,13 +86,9 @@ def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
     right.legend()
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, dpi=150, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        pyplot.close(figure)
+    with replaced_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=150, format="png")
+    pyplot.close(figure)
 
 
 def _trees(calibration: Calibration) -> Iterator[_TreeRow]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from vllm_medusa.data.chat import encode_prompt
 from vllm_medusa.data.dataset import read_samples
 from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
-from vllm_medusa.data.seeds import Seed, read_seeds
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.distillation.dialogue import PromptStyle
 
@@ -84,7 +84,7 @@ def _encoded_prompts(
     sources: Sources, tokenizer: PreTrainedTokenizerBase, room: int, bad_lines: BadLineCounter
 ) -> Iterator[list[int]]:
     style = sources.style or (PromptStyle.CHAT if tokenizer.chat_template else PromptStyle.COMPLETION)
-    for source, seed in read_seeds(sources.prompts, bad_lines):
+    for source, seed in read_prompts(sources.prompts, bad_lines):
         try:
             ids = _encode(seed, style, tokenizer)
             if not 0 < len(ids) <= room:
@@ -97,7 +97,7 @@ def _encoded_prompts(
             yield ids
 
 
-def _encode(seed: Seed, style: PromptStyle, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode(seed: Prompt, style: PromptStyle, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if style is PromptStyle.COMPLETION:
-        return tokenizer(seed.first_prompt.content)["input_ids"]
-    return encode_prompt(tokenizer, seed.messages[: seed.messages.index(seed.first_prompt) + 1])
+        return tokenizer(seed.first_user_message.content)["input_ids"]
+    return encode_prompt(tokenizer, seed.messages[: seed.messages.index(seed.first_user_message) + 1])

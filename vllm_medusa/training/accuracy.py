@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED, Logits, head_pairs, lm_loss
+from vllm_medusa.data.packing import IGNORED
+from vllm_medusa.training.heads import TrainableHeads
+from vllm_medusa.training.losses import Logits, head_pairs, lm_loss
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Scores:
 
 @torch.no_grad()
 def score_heads(
-    heads: MedusaHeads,
+    heads: TrainableHeads,
     hidden: torch.Tensor,  # [batch, length, hidden_size]
     labels: torch.Tensor,  # [batch, length], int64
     ranks: int,

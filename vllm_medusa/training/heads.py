@@ -9,7 +9,7 @@ from torch.nn import functional
 from vllm_medusa.checkpoint.format import HeadsSpec
 
 
-class ResidualBlock(nn.Module):
+class ResidualLayers(nn.Module):
     """Layers ``x + SiLU(Linear(x))``, the identity until they are trained."""
 
     def __init__(self, hidden_size: int, num_layers: int, bias: bool) -> None:
@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module):
         return hidden
 
 
-class MedusaHeads(nn.Module):
+class TrainableHeads(nn.Module):
     """K heads over a target's hidden state: head k at position t predicts the token at t + 1 + k.
 
     Untrained heads predict what the target's own LM head predicts.
@@ -41,7 +41,7 @@ class MedusaHeads(nn.Module):
         super().__init__()
         self.spec = spec
         self.blocks = nn.ModuleList(
-            ResidualBlock(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
+            ResidualLayers(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
         )
         self.lm_heads = nn.ModuleList(
             nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -65,7 +65,3 @@ class MedusaHeads(nn.Module):
         """
         lm_head = self.lm_heads[0 if self.spec.shared_lm_head else head]
         return lm_head(self.blocks[head](hidden))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return all heads' logits, ``[num_heads, ..., vocab_size]``, for ``hidden`` of ``[..., hidden_size]``."""
-        return torch.stack([self.logits(head, hidden) for head in range(self.spec.num_heads)])

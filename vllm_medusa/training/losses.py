@@ -10,10 +10,8 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from vllm_medusa.training.heads import MedusaHeads
-
-IGNORED = -100
-"""The label of a position on which no loss is taken."""
+from vllm_medusa.data.packing import IGNORED
+from vllm_medusa.training.heads import TrainableHeads
 
 CHUNK_SIZE = 4096
 """Positions whose logits are held at once, unless a caller says otherwise."""
@@ -54,7 +52,7 @@ def count_labels(
 
 
 def medusa_loss(
-    heads: MedusaHeads,
+    heads: TrainableHeads,
     hidden: torch.Tensor,
     labels: torch.Tensor,
     decay: float = 0.8,

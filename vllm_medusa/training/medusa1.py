@@ -11,15 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_medusa.checkpoint.format import HeadsSpec
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, Recipe
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
-from vllm_medusa.training.losses import IGNORED, LabelCounts, medusa_loss
+from vllm_medusa.training.losses import LabelCounts, medusa_loss
 from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
 
 
-def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> MedusaHeads:
+def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> TrainableHeads:
     """Return heads in fp32, on the target's device, that predict what the target's LM head predicts.
 
     Raises:
@@ -39,7 +40,7 @@ def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> MedusaHeads:
         num_layers=recipe.num_layers,
         shared_lm_head=recipe.shared_lm_head,
     )
-    return MedusaHeads(spec, lm_head.weight).to(lm_head.weight.device)
+    return TrainableHeads(spec, lm_head.weight).to(lm_head.weight.device)
 
 
 class Medusa1(nn.Module):
@@ -78,11 +79,11 @@ class Medusa1(nn.Module):
             hidden = final_hidden_states(self.target, input_ids).float()
         if self.training:
             return {"loss": medusa_loss(self.heads, hidden, labels, self.recipe.decay, self.recipe.chunk_size, counts)}
-        return judged_heads(self.heads, hidden, labels, self.recipe)
+        return evaluate_batch(self.heads, hidden, labels, self.recipe)
 
 
-def judged_heads(
-    heads: MedusaHeads,
+def evaluate_batch(
+    heads: TrainableHeads,
     hidden: torch.Tensor,  # [batch, length, hidden_size]
     labels: torch.Tensor,  # [batch, length], int64
     recipe: Recipe,
@@ -104,18 +105,13 @@ class Medusa1Result:
 
     """
 
-    heads: MedusaHeads
+    heads: TrainableHeads
     held_out: HeldOut
 
     @property
     def accuracies(self) -> torch.Tensor:
         """``[heads, ranks]``: how often the right token is a head's choice of exactly that rank."""
         return torch.tensor(self.held_out.accuracies)
-
-    @property
-    def top1(self) -> list[float]:
-        """Each head's top-1 accuracy on held-out blocks."""
-        return self.held_out.top1
 
 
 def train_medusa1(

@@ -16,7 +16,7 @@ from vllm_medusa.training.accuracy import score_target
 from vllm_medusa.training.config import Medusa2Recipe
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.losses import LabelCounts, distillation_loss, lm_loss, medusa_loss
-from vllm_medusa.training.medusa1 import judged_heads, untrained_heads
+from vllm_medusa.training.medusa1 import evaluate_batch, untrained_heads
 from vllm_medusa.training.schedule import second_stage, sine_rise
 from vllm_medusa.training.target_logits import TargetLogits
 from vllm_medusa.training.trainer import MedusaTrainer, ParameterGroup, is_of_heads
@@ -106,7 +106,7 @@ class Medusa2(nn.Module):
         weights: LossWeights,
     ) -> dict[str, torch.Tensor]:
         hidden = final_hidden_states(self.target, input_ids)
-        judged = judged_heads(self.heads, hidden.float(), labels, self.recipe)
+        judged = evaluate_batch(self.heads, hidden.float(), labels, self.recipe)
         lm_losses, lm_positions = score_target(self.logits, hidden, labels)
         own = lm_losses.sum() / lm_positions.sum().clamp(min=1)
         loss = own + weights.heads * judged["loss"]

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class ReportStep(Protocol):
-    """Tells the progress bar that a step is done."""
-
-    def __call__(self, loss: float) -> None:
-        """Advance by one step and show its loss."""
-
-
 @contextmanager
-def training_progress(title: str, steps: int, visible: bool = True, done: int = 0) -> Iterator[ReportStep]:
-    """Show a progress bar with a smoothed loss while a training loop runs, of which ``done`` steps lie behind."""
+def training_progress(title: str, steps: int, visible: bool = True, done: int = 0) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar with a smoothed loss, ``done`` steps full; yields what takes each further step's loss."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

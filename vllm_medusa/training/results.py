@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from rich.table import Table
 from vllm_medusa.checkpoint.conversion import HEADS_DIRECTORY, TARGET_DIRECTORY
 from vllm_medusa.checkpoint.format import write_heads
 from vllm_medusa.checkpoint.published import BASE_MODEL
-from vllm_medusa.files import replaced_directory, replaced_file
+from vllm_medusa.files import replaced_directory, replaced_file, write_json
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import TrainConfig
-from vllm_medusa.training.disk import disk_errors
 from vllm_medusa.training.load import load_plain_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2
 from vllm_medusa.training.trainer import is_of_heads
+from vllm_medusa.training.write_errors import explain_write_errors
 from vllm_medusa.versions import installed_versions
 
 RUN_FILE = "run.yaml"
@@ -62,8 +61,7 @@ class TrainResult:
     def write(self) -> None:
         """Write the figures as JSON."""
         figures = {"steps": self.steps, "before": self.before and asdict(self.before), "after": asdict(self.after)}
-        with replaced_file(self.output / RESULTS_FILE) as stream:
-            stream.write(json.dumps(figures, indent=2) + "\n")
+        write_json(self.output / RESULTS_FILE, figures)
 
     def print(self, console: Console) -> None:
         """Print the figures as a table, and where the models are."""
@@ -144,7 +142,7 @@ def write_heads_of(
     if config.shared_lm_head:
         trained["lm_heads.0.weight"] = model.heads.get_parameter("lm_heads.0.weight")
     target = config.target if isinstance(model, Medusa1) else str(config.output / TARGET_DIRECTORY)
-    with disk_errors(config.output):
+    with explain_write_errors(config.output):
         write_heads(
             config.output / HEADS_DIRECTORY,
             model.heads.spec,
@@ -173,7 +171,7 @@ def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, tor
             target = PeftModel.from_pretrained(target, directory).merge_and_unload()
     else:
         target.load_state_dict(trained, strict=False)
-    with disk_errors(config.output), replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
+    with explain_write_errors(config.output), replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
         target.save_pretrained(temporary)
         load_tokenizer(config).save_pretrained(temporary)
     return config.output / TARGET_DIRECTORY

@@ -19,10 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import Recipe
-from vllm_medusa.training.disk import disk_errors
 from vllm_medusa.training.losses import LabelCounts, count_labels
 from vllm_medusa.training.progress import ProgressBar
 from vllm_medusa.training.schedule import cosine_with_warmup
+from vllm_medusa.training.write_errors import explain_write_errors
 
 Blocks = Dataset[dict[str, torch.Tensor]] | Sequence[dict[str, torch.Tensor]]
 """Blocks of one length, each ``{"input_ids": [length], "labels": [length]}``, int64."""
@@ -232,7 +232,7 @@ class MedusaTrainer(Trainer):
             shutil.rmtree(self._checkpoint_root, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            with disk_errors(root):
+            with explain_write_errors(root):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:

@@ -25,11 +25,12 @@ from tests.unit.published import (
     write_target,
 )
 from tests.unit.strategies import deterministic
+from tests.unit.tiny_targets import all_logits
 from vllm_medusa.checkpoint.conversion import Layout, convert
 from vllm_medusa.checkpoint.conversion import write_target as write_target_of
 from vllm_medusa.checkpoint.format import HeadsSpec, read_spec, read_state, write_heads
 from vllm_medusa.checkpoint.weight_files import WeightFile, Weights
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -97,10 +98,10 @@ def test_converted_heads_compute_what_the_original_ones_do(tmp_path: Path, num_l
     convert(tmp_path / "original", tmp_path / "served", Layout.SERVED)
     original = original_module(3, num_layers)
     original.load_state_dict(read_original(tmp_path / "original"))
-    served = MedusaHeads(read_spec(tmp_path / "served"), torch.zeros(VOCAB, HIDDEN))
+    served = TrainableHeads(read_spec(tmp_path / "served"), torch.zeros(VOCAB, HIDDEN))
     served.load_state_dict(read_state(tmp_path / "served"))
     hidden = torch.randn(5, HIDDEN)
-    torch.testing.assert_close(served(hidden), torch.stack([head(hidden) for head in original]))
+    torch.testing.assert_close(all_logits(served, hidden), torch.stack([head(hidden) for head in original]))
 
 
 @pytest.mark.parametrize("fc_bias", [True, False])
@@ -111,10 +112,10 @@ def test_the_original_code_loads_what_is_written_for_it_without_a_name_left_over
     convert(tmp_path / "served", tmp_path / "original", Layout.ORIGINAL)
     original = original_module(3, 1)
     original.load_state_dict(read_original(tmp_path / "original"), strict=True)
-    served = MedusaHeads(spec, torch.zeros(VOCAB, HIDDEN))
+    served = TrainableHeads(spec, torch.zeros(VOCAB, HIDDEN))
     served.load_state_dict(state)
     hidden = torch.randn(5, HIDDEN)
-    torch.testing.assert_close(torch.stack([head(hidden) for head in original]), served(hidden))
+    torch.testing.assert_close(torch.stack([head(hidden) for head in original]), all_logits(served, hidden))
 
 
 def prefixed(prefix: str) -> Callable[[State], State]:

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.unit.strategies import deterministic
 from vllm_medusa.data.chat import encode_conversation, encode_prompt
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.data.records import Message, Role
 from vllm_medusa.demo.tokenizer import train_tokenizer
-from vllm_medusa.training.losses import IGNORED
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Echo:
                 text = "" if said == "hush" else f"{said} {sampling.temperature} {sampling.seed}"
                 ids = TurnTokens(prompt_ids=(len(dialogue.messages),), completion_ids=(1, 2))
                 answer = Answer(text, 2, ids if self.tells_tokens else None)
-                dialogue.hear(answer)
+                dialogue.add_answer(answer)
                 on_answer(dialogue, answer)
 
 

@@ -8,12 +8,11 @@ from transformers import LlamaForCausalLM
 
 from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
 from tests.unit.published import write_original
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.demo.tokenizer import EOS_ID
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.evaluation.measure import Evaluation, evaluate_heads, load_heads
-from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED
+from vllm_medusa.training.heads import TrainableHeads
 
 RANKS = 4
 
@@ -32,7 +31,7 @@ def target(models: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def heads(models: Path, target: LlamaForCausalLM) -> MedusaHeads:
+def heads(models: Path, target: LlamaForCausalLM) -> TrainableHeads:
     return load_heads(models / "heads", models / "target", target)
 
 
@@ -43,7 +42,7 @@ def random_samples(count: int = 5) -> list[Sample]:
     return [Sample(text, [IGNORED] * 3 + text[3:]) for text in texts]
 
 
-def brute_force(target: LlamaForCausalLM, heads: MedusaHeads, samples: list[Sample]) -> Evaluation:
+def brute_force(target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample]) -> Evaluation:
     """Head k at position t is right at rank r if its token of that rank is the label at t + 1 + k."""
     hits = [[0] * RANKS for _ in range(HEADS)]
     positions = [0] * HEADS
@@ -62,7 +61,7 @@ def brute_force(target: LlamaForCausalLM, heads: MedusaHeads, samples: list[Samp
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_accuracies_are_shares_of_the_positions_that_have_a_label(
-    target: LlamaForCausalLM, heads: MedusaHeads, batch_size: int
+    target: LlamaForCausalLM, heads: TrainableHeads, batch_size: int
 ) -> None:
     samples = random_samples()
     for sample in samples:
@@ -81,7 +80,7 @@ def test_top_k_accuracies_add_up_the_ranks() -> None:
     assert Evaluation([[0.5, 0.25, 0.125]], [8]).top_k == [[0.5, 0.75, 0.875]]
 
 
-def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: MedusaHeads) -> None:
+def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: TrainableHeads) -> None:
     text = [5, 6, 7, 8]
     with pytest.raises(ValueError, match="head 3 has nothing to foretell in 1 texts: it looks 4 tokens ahead"):
         evaluate_heads(target, heads, [Sample(text, text)], show_progress=False)

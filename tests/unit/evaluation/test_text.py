@@ -7,11 +7,10 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tests.unit.evaluated import write_target
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.distillation.dialogue import PromptStyle
 from vllm_medusa.evaluation.text import Sources, held_out_samples
-from vllm_medusa.training.losses import IGNORED
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"

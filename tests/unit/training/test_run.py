@@ -12,7 +12,7 @@ from tests.unit.tiny_targets import VOCABULARY, build, counting
 from vllm_medusa.checkpoint.conversion import Layout, convert
 from vllm_medusa.checkpoint.format import read_spec, read_state
 from vllm_medusa.training.config import TrainConfig
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
 from vllm_medusa.training.run import run_training
 
@@ -98,7 +98,7 @@ def test_medusa_2_writes_a_target_that_predicts_as_it_was_trained_to(settings, d
     assert result.target is not None
     target = AutoModelForCausalLM.from_pretrained(result.target)
     tokenizer = AutoTokenizer.from_pretrained(result.target)
-    heads = MedusaHeads(read_spec(result.heads), torch.zeros(VOCABULARY, 32))
+    heads = TrainableHeads(read_spec(result.heads), torch.zeros(VOCABULARY, 32))
     heads.load_state_dict(read_state(result.heads))
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     tokens = torch.tensor(tokenizer(texts)["input_ids"])[:, :24]

@@ -13,7 +13,7 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 @contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
+def explain_write_errors(directory: Path) -> Iterator[None]:
     """Raise whatever goes wrong with the disk in this context as one ``OSError`` that names the directory."""
     try:
         yield

@@ -23,7 +23,7 @@ PROMPT_KEYS = ("prompt", "text")
 """Where a prompt that is no conversation may stand."""
 
 
-class Seed(FrozenModel):
+class Prompt(FrozenModel):
     """Messages of which the user's are to be answered; an assistant's answers, if there are any, count for nothing."""
 
     messages: Annotated[tuple[Message, ...], Field(validation_alias=AliasChoices(*MESSAGE_KEYS))]
@@ -41,12 +41,12 @@ class Seed(FrozenModel):
         return tuple(message for message in self.messages if message.role is not Role.ASSISTANT)
 
     @property
-    def first_prompt(self) -> Message:
+    def first_user_message(self) -> Message:
         """What the user says first."""
         return next(message for message in self.messages if message.role is Role.USER)
 
 
-def parse_seed(value: Any) -> Seed:
+def parse_prompt(value: Any) -> Prompt:
     """Make a seed of what a line of a file holds.
 
     Args:
@@ -58,14 +58,14 @@ def parse_seed(value: Any) -> Seed:
     """
     fields = as_object(value)
     if any(key in fields for key in MESSAGE_KEYS):
-        return validated(Seed, fields)
+        return validated(Prompt, fields)
     for key in PROMPT_KEYS:
         if key in fields:
-            return validated(Seed, {"messages": [{"role": Role.USER, "content": fields[key]}]})
+            return validated(Prompt, {"messages": [{"role": Role.USER, "content": fields[key]}]})
     keys = ", ".join(map(repr, fields)) or "no keys"
     raise ValueError(f"holds {keys}; give 'messages', 'conversations', 'prompt' or 'text'")
 
 
-def read_seeds(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Seed]]:
+def read_prompts(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Prompt]]:
     """Read prompts, one after another; see ``parsed_lines`` for the files: of plain text, each line is a prompt."""
-    return parsed_lines(files, parse_seed, bad_lines)
+    return parsed_lines(files, parse_prompt, bad_lines)

@@ -241,7 +241,11 @@ def without(*names: str) -> Callable[[State], State]:
         (without("lm_heads.1.weight"), {"original_lm_head": False}, r"lack lm_heads\.1\.weight"),
         (without("lm_heads.0.weight", "lm_heads.1.weight"), {}, "no LM heads of their own; .* --target"),
         (lambda state: {"lm_heads.0.weight": state["lm_heads.0.weight"]}, {}, "no residual layers"),
-        (lambda state: state | {"2.3.weight": torch.zeros(1)}, {}, "2.3.weight is .* after 3 layers, but there are 1"),
+        (
+            lambda state: state | {"2.3.weight": torch.zeros(1)},
+            {},
+            "2.3.weight is named .* after 3 layers, but there are 1",
+        ),
         (
             lambda state: state | {"0.0.linear.bias": torch.zeros(HIDDEN)},
             {},
@@ -273,7 +277,9 @@ def test_the_target_names_the_model_of_heads_that_do_not(tmp_path: Path, target:
     assert json.loads((tmp_path / "named" / "config.json").read_text())["base_model_name_or_path"] == "some/model"
     convert(tmp_path / "named", tmp_path / "kept", layout, target, base_model="another/model")
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["base_model_name_or_path"] == "some/model"
-    with pytest.raises(ValueError, match="does not name the heads' model, which the original code must know"):
+    with pytest.raises(
+        ValueError, match=r"does not name the heads' model .*, which the original code needs; give --target"
+    ):
         convert(tmp_path / "heads", tmp_path / "nameless", Layout.ORIGINAL)
 
 
@@ -306,7 +312,7 @@ def test_heads_of_other_sizes_than_their_target_are_refused_with_both(
         ("medusa_lm_head.pt", b"no pickle", "medusa_lm_head.pt is not a readable file of tensors"),
         ("medusa_lm_head.safetensors", b"no header", "medusa_lm_head.safetensors is not a readable safetensors file"),
         ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is no index of weights"),
-        ("hydra_lm_head.pt", b"", "no weights that are known here; it needs .* it has config.json, hydra_lm_head.pt"),
+        ("hydra_lm_head.pt", b"", "no known weight file; it needs .* it has config.json, hydra_lm_head.pt"),
     ],
 )
 def test_damaged_and_missing_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:

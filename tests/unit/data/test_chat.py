@@ -176,7 +176,9 @@ def test_a_tokenizer_without_a_chat_template_is_refused(vocabulary: PreTrainedTo
 def test_what_the_template_refuses_is_refused_in_one_line(vocabulary: PreTrainedTokenizerFast):
     tokenizer = using(vocabulary, LLAMA_2)
     refused(
-        tokenizer, conversation()[1:], "the chat template refuses it: Conversation roles must alternate user/assistant"
+        tokenizer,
+        conversation()[1:],
+        "the chat template refuses the messages: Conversation roles must alternate user/assistant",
     )
 
 

@@ -138,7 +138,7 @@ def test_a_finished_set_starts_no_target(prompts: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"max_tokens": 64}, "begun with max_tokens 1024, now it is 64; give what it was begun with, or another dir"),
+        ({"max_tokens": 64}, "begun with max_tokens 1024, now it is 64; give the former max_tokens, or another dir"),
         ({"temperature": (0.0,)}, r"begun with temperature \[0.0, 0.5, 1.0\], now it is \[0.0\]"),
         ({"seed": 1}, "begun with seed 0, now it is 1"),
         ({"style": PromptStyle.COMPLETION}, 'begun with style "chat", now it is "completion"'),

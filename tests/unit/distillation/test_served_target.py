@@ -24,8 +24,8 @@ def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_target, "RETRIES", 0)
 
 
-def dialogue(seed: Prompt = DIALOGUE, style: PromptStyle = PromptStyle.CHAT) -> Dialogue:
-    return Dialogue(Source(Path("p"), 1), 0, seed, style, SAMPLING, BadLineCounter(BadLines.REFUSE))
+def dialogue(prompt: Prompt = DIALOGUE, style: PromptStyle = PromptStyle.CHAT) -> Dialogue:
+    return Dialogue(Source(Path("p"), 1), 0, prompt, style, SAMPLING, BadLineCounter(BadLines.REFUSE))
 
 
 def converse(url: str, *dialogues: Dialogue, model: str = "tiny") -> list[int]:

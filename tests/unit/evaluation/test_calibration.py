@@ -38,7 +38,7 @@ def test_each_size_is_the_best_tree_of_that_size_with_its_expected_length(
 
 @pytest.mark.parametrize("nodes", [0, AVAILABLE + 1])
 def test_a_size_that_the_accuracies_do_not_give_is_refused(nodes: int) -> None:
-    with pytest.raises(ValueError, match=rf"nodes must be within 1..{AVAILABLE}, what 2 heads of 3 .* got {nodes}"):
+    with pytest.raises(ValueError, match=rf"nodes must be within 1..{AVAILABLE} for 2 heads of 3 .* got {nodes}"):
         Calibration.of(ACCURACIES, nodes=64).tree(nodes)
 
 

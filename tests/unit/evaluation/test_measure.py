@@ -82,7 +82,7 @@ def test_top_k_accuracies_add_up_the_ranks() -> None:
 
 def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: TrainableHeads) -> None:
     text = [5, 6, 7, 8]
-    with pytest.raises(ValueError, match="head 3 has nothing to foretell in 1 texts: it looks 4 tokens ahead"):
+    with pytest.raises(ValueError, match="head 3 has nothing to predict in 1 texts: it predicts 4 tokens ahead"):
         evaluate_heads(target, heads, [Sample(text, text)], show_progress=False)
 
 

@@ -1,4 +1,4 @@
-"""How learning rates and the weight of the heads' loss change over a training run."""
+"""Schedules of the learning rates and of the weight of the heads' loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
 
 
 def linear_with_warmup(step: int, warmup: int, total: int) -> float:
-    """Return the factor on the learning rate: a rise, a plateau, then a line to 0 over the last 60 % of all steps."""
+    """Return the factor on the learning rate: a linear rise, a plateau, and a linear fall over the last 60 %."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     return rise * min(1.0, (total - step) / max(1.0, 0.6 * total))
 
 
 def second_stage(step: int, first_stage: int, warmup: int, total: int) -> float:
-    """Return the factor on the target's learning rate: 0 in the first stage, then a warm-up and a cosine of its own."""
+    """Return the factor on the target's learning rate: 0 in the first stage, then ``cosine_with_warmup``."""
     return 0.0 if step < first_stage else cosine_with_warmup(step - first_stage, warmup, total - first_stage)
 
 

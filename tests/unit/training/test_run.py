@@ -138,7 +138,7 @@ def test_the_table_tells_before_from_after(settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_length": 4096}, r"data gives 1 blocks of 4096 tokens \(block_length\), and 2 are needed"),
+        ({"block_length": 4096}, r"data gives 1 blocks of 4096 tokens \(block_length\), but 2 are needed"),
         ({"target": "/nowhere"}, "target '/nowhere' has no tokenizer"),
     ],
 )

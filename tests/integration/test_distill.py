@@ -1,4 +1,4 @@
-"""Self-distillation from a real engine: what it records is what its target says."""
+"""Self-distillation with a real engine: records hold the target's own answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def reference(tiny_target: Path) -> PreTrainedModel:
 
 
 def continuation(reference: PreTrainedModel, prompt_ids: Sequence[int]) -> list[int]:
-    """What ``transformers`` says to a prompt, greedily."""
+    """The greedy continuation by ``transformers``."""
     prompt = torch.tensor([list(prompt_ids)])
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 1}
     with torch.no_grad():

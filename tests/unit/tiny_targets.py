@@ -1,4 +1,4 @@
-"""Tiny random causal language models of several families, and texts that can be learnt at once."""
+"""Tiny random causal language models of several families, and texts that they learn in a few steps."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def build(family: str) -> PreTrainedModel:
 
 
 def counting(blocks: int, seed: int, length: int = 24) -> torch.Tensor:
-    """Texts that count up from anywhere, modulo the vocabulary's size: ``[blocks, length]``."""
+    """Texts that count up from a random token, modulo the vocabulary size: ``[blocks, length]``."""
     starts = torch.randint(VOCABULARY, (blocks, 1), generator=torch.Generator().manual_seed(seed))
     return (starts + torch.arange(length)) % VOCABULARY
 

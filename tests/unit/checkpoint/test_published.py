@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.unit.full_disk import largest_file
 from tests.unit.published import (
     HIDDEN,
     VOCAB,
@@ -211,7 +211,7 @@ def test_no_two_files_of_a_model_are_in_memory_at_once(tmp_path: Path, monkeypat
 
 
 def served(directory: Path, change: Callable[[State], State], **config: object) -> Path:
-    """Write served heads whose tensors have been tampered with."""
+    """Write heads in the served layout with changed tensors."""
     spec = HeadsSpec(HIDDEN, VOCAB, 2)
     state = change({name: torch.zeros(shape) for name, shape in spec.shapes().items()})
     directory.mkdir()
@@ -354,11 +354,6 @@ def test_a_directory_in_use_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", Layout)
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, layout: Layout) -> None:
     write_original(tmp_path / "original", 4)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # Writing beyond it fails as on a full disk.
-    try:
-        with pytest.raises((OSError, SafetensorError), match="too large"):
-            convert(tmp_path / "original", tmp_path / "output", layout)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with largest_file(1024), pytest.raises((OSError, SafetensorError), match="too large"):
+        convert(tmp_path / "original", tmp_path / "output", layout)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]

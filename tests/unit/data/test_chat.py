@@ -1,4 +1,4 @@
-"""The chat templates are those of well-known models, shortened; the tokenizer is trained on the spot."""
+"""The chat templates are shortened ones of well-known models; the tokenizer is trained here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_medusa.demo.tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and what goes around each message when it renders."""
+    """A chat template, and what it writes after an answer."""
 
     jinja: str
     end_of_turn: str
@@ -94,7 +94,7 @@ def conversation(turns: tuple[str, ...] = TURNS, system: str | None = None) -> l
 
 
 def learnt_stretches(labels: list[int]) -> list[list[int]]:
-    """Split the labels at what is ignored."""
+    """Return the runs of labels between ignored ones."""
     stretches: list[list[int]] = [[]]
     for label in labels:
         if label != IGNORED:

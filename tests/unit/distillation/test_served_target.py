@@ -1,4 +1,4 @@
-"""What a server may do other than answer; that it answers as vLLM does in this process is tested in tests/e2e."""
+"""Requests to a stub server and its errors; tests/e2e compares a real server's answers with those of ``vllm.LLM``."""
 
 from __future__ import annotations
 

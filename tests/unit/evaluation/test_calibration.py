@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.evaluated import write_random_heads
+from tests.unit.full_disk import largest_file
 from tests.unit.strategies import deterministic
 from vllm_medusa.evaluation.calibration import Calibration, write_calibration
 from vllm_medusa.tree.static import available_nodes, best_first, chain, expected_acceptance_length
@@ -69,12 +69,7 @@ def test_what_is_read_back_grows_the_written_tree(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_config(tmp_path: Path) -> None:
     heads = write_random_heads(tmp_path / "heads")
     before = (heads / "config.json").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # Writing beyond it fails as on a full disk.
-    try:
-        with pytest.raises(OSError, match="too large"):
-            write_calibration(heads, Calibration.of(ACCURACIES, nodes=8), 8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with largest_file(64), pytest.raises(OSError, match="too large"):
+        write_calibration(heads, Calibration.of(ACCURACIES, nodes=8), 8)
     assert (heads / "config.json").read_bytes() == before
     assert sorted(path.name for path in heads.iterdir()) == ["config.json", "model.safetensors"]

@@ -36,7 +36,7 @@ def heads(models: Path, target: LlamaForCausalLM) -> TrainableHeads:
 
 
 def random_samples(count: int = 5) -> list[Sample]:
-    """Texts of several lengths, the first tokens of each a prompt without labels."""
+    """Texts of several lengths; the first tokens are a prompt without labels."""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(2, VOCAB, (6 + 5 * n,), generator=generator).tolist() for n in range(count)]
     return [Sample(text, [IGNORED] * 3 + text[3:]) for text in texts]
@@ -67,7 +67,7 @@ def test_accuracies_are_shares_of_the_positions_that_have_a_label(
     for sample in samples:
         with torch.no_grad():
             hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
-        for rank in range(RANKS):  # Nothing is right by chance: the last tokens are what head 1 takes for them.
+        for rank in range(RANKS):  # So that each of head 1's ranks is right at least once.
             sample.labels[-rank - 1] = heads.logits(0, hidden[-rank - 3]).topk(RANKS).indices[rank].item()
     found = evaluate_heads(target, heads, samples, RANKS, batch_size, show_progress=False)
     expected = brute_force(target, heads, samples)

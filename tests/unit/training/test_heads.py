@@ -59,7 +59,7 @@ def test_accuracy_counts_each_rank_of_each_head():
     hidden = torch.arange(4.0).expand(2, 7, 4)
     labels = torch.tensor([[0, 0, 3, 3, 2, 0, IGNORED], [IGNORED] * 7])
     scores = score_heads(heads, hidden, labels, ranks=2)
-    # Head 1 is asked for 3, 3, 2, 0; head 2 for 3, 2, 0; nobody for anything in the second block.
+    # Head 1's labels are 3, 3, 2, 0; head 2's are 3, 2, 0; the second block has no labels.
     assert scores.hits.tolist() == [[[2, 1], [1, 1]], [[0, 0], [0, 0]]]
     assert scores.positions.tolist() == [[4, 3], [0, 0]]
     log_probability = torch.arange(4.0).log_softmax(dim=0)

@@ -105,7 +105,7 @@ def test_medusa_2_writes_a_target_that_predicts_as_it_was_trained_to(settings, d
     with torch.no_grad():
         lm_loss = target(input_ids=tokens, labels=tokens).loss.item()
         head = heads.logits(0, final_hidden_states(target, tokens)).argmax(-1)[:, :-2]
-    # Blocks are pieces of 24 tokens of these texts; the figures are over their beginnings and their ends.
+    # These are the beginnings of the texts; the run's metrics also cover their ends, in blocks of 24 tokens.
     assert lm_loss == pytest.approx(result.after.lm_loss, abs=0.1)
     assert (head == tokens[:, 2:]).float().mean().item() == pytest.approx(result.after.top1[0], abs=0.15)
 

@@ -31,9 +31,10 @@ from rich.table import Table
 
 from vllm_medusa.attention import reference
 from vllm_medusa.demo.process import Contender, share_environment
-from vllm_medusa.demo.report import machine, versions
+from vllm_medusa.demo.report import machine
 from vllm_medusa.step.trees import StepTrees, derive_trees
 from vllm_medusa.tree.topology import DraftTree
+from vllm_medusa.versions import installed_versions
 
 DIRECTORY = Path("build/gpu")
 STEP_RATIO_GOAL, BANDWIDTH_GOAL = 1.08, 0.6
@@ -145,7 +146,7 @@ def measure(
     size = tiny_size() if tiny else full_size()
     report: dict[str, Any] = {
         "machine": machine() | {"gpu": None if tiny else torch.cuda.get_device_name()},
-        "versions": versions(),
+        "versions": installed_versions(),
         "command": " ".join(["python", *sys.argv]),
     }
     if kernels:

@@ -30,7 +30,8 @@ from torch import set_num_threads
 
 from vllm_medusa.demo.engine import Engine
 from vllm_medusa.demo.process import Contender, share_environment
-from vllm_medusa.demo.report import machine, versions
+from vllm_medusa.demo.report import machine
+from vllm_medusa.versions import installed_versions
 
 DIRECTORY = Path("build/step_cost")
 HIDDEN, LAYERS, VOCAB, HEADS = 1024, 16, 4096, 4
@@ -84,7 +85,7 @@ def measure(
     print_table(results, rounds, dtype)
     report = {
         "machine": machine(),
-        "versions": versions(),
+        "versions": installed_versions(),
         "command": " ".join(["python", *sys.argv]),
         "dtype": dtype,
         "threads": threads,

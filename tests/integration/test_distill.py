@@ -1,4 +1,4 @@
-"""Self-distillation from a real engine: what it records is what its target says."""
+"""Self-distillation with a real engine: records hold the target's own answers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.integration.distillation import CHAT_TEMPLATE, DIALOGUE, SharedEngine
 from tests.integration.engines import engine
 from vllm_medusa.data.chat import encode_prompt
 from vllm_medusa.data.dataset import load_blocks
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines
 from vllm_medusa.data.records import Completion, Conversation, Role
 from vllm_medusa.distillation.dialogue import PromptStyle
 from vllm_medusa.distillation.manifest import Counts, Manifest
 from vllm_medusa.distillation.offline_target import OfflineTarget
 from vllm_medusa.distillation.run import DistillConfig, distill
-from vllm_medusa.training.losses import IGNORED
 
 TOKENS = 16
 CONTEXT = 128
@@ -50,7 +50,7 @@ def reference(tiny_target: Path) -> PreTrainedModel:
 
 
 def continuation(reference: PreTrainedModel, prompt_ids: Sequence[int]) -> list[int]:
-    """What ``transformers`` says to a prompt, greedily."""
+    """The greedy continuation by ``transformers``."""
     prompt = torch.tensor([list(prompt_ids)])
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 1}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What is measured and converted outside an engine holds inside it."""
+"""Measured accuracies and converted checkpoints are right in the engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
 TOKENS, NODES, GROWN_NODES = 96, 16, 8
 
 TOLERANCE = 0.08
-"""The formula takes the heads as independent of each other and all positions as alike. Trees of 8, 16 and 64 nodes
-accepted within 3 % of it on other prompts than those on which the accuracies were measured."""
+"""The formula assumes that heads are independent of each other and positions alike. On other prompts than those of the
+accuracies, trees of 8, 16 and 64 nodes were within 3 % of it."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def calibrated_heads(tiny_heads: Path, calibration: Calibration, tmp_path_factor
 def served(
     tiny_target: Path, calibrated_heads: Path, other_prompts: list[list[int]]
 ) -> tuple[list[list[int]], SpecCounters]:
-    """What an engine emits that is told nothing of trees, and its counters."""
+    """The output and the counters of an engine whose tree comes from the checkpoint."""
     with engine(tiny_target, heads=calibrated_heads) as llm:
         return texts(generate(llm, other_prompts, greedy(TOKENS))), spec_counters(llm)
 
@@ -86,7 +86,7 @@ def test_a_whole_model_taken_apart_emits_the_same_text_in_the_same_steps(
     served: tuple[list[list[int]], SpecCounters],
     tmp_path: Path,
 ) -> None:
-    """Through both layouts: served heads become original ones, and lie within a model as Medusa-2 publishes it."""
+    """Through both layouts: served heads become original ones and are put into a model as in a Medusa-2 checkpoint."""
     convert(calibrated_heads, tmp_path / "original", Layout.ORIGINAL, tiny_target)
     heads = torch.load(tmp_path / "original" / "medusa_lm_head.pt", weights_only=True)
     shutil.copytree(tiny_target, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""What the heads see and say in vLLM is what they see and say in training, position by position."""
+"""The heads' inputs and predictions in vLLM are those of training, position by position."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from tests.integration.engines import engine, greedy, model_runner
+from tests.unit.tiny_targets import all_logits
 from vllm_medusa.checkpoint.format import read_spec, read_state, write_heads
 from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, TrainConfig
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.load import load_target
 from vllm_medusa.training.medusa1 import train_medusa1
@@ -29,13 +30,13 @@ VOCABULARY = 96
 
 @dataclass(frozen=True)
 class Seen:
-    """One decode, as the heads of vLLM saw it.
+    """The inputs and predictions of vLLM's heads in one decode.
 
     Attributes:
         tokens: ``[length]``: prompt and continuation.
-        positions: ``[steps]``: where the states stand.
-        hidden: ``[steps, hidden_size]``: what entered the heads.
-        choices: ``[steps, heads]``: their most probable tokens.
+        positions: ``[steps]``: the positions of the states.
+        hidden: ``[steps, hidden_size]``: the heads' inputs.
+        choices: ``[steps, heads]``: the heads' most probable tokens.
 
     """
 
@@ -46,7 +47,7 @@ class Seen:
 
 
 def decode_watched(target: Path, heads: Path, prompts: list[list[int]]) -> list[Seen]:
-    """Decode prompts one after another with a branching tree, and watch the heads."""
+    """Decode prompts one after another with a branching tree, and record the heads."""
     with engine(target, heads=heads, tree=[2, 2], max_model_len=192) as llm, watched_heads(llm) as calls:
         seen = []
         for index, prompt in enumerate(prompts):
@@ -70,7 +71,7 @@ def decode_watched(target: Path, heads: Path, prompts: list[list[int]]) -> list[
 
 @contextmanager
 def watched_heads(llm) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Collect what enters the heads and each head's first choice."""
+    """Collect the heads' inputs and each head's most probable token."""
     heads = model_runner(llm).drafter.model
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -84,9 +85,9 @@ def watched_heads(llm) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         handle.remove()
 
 
-def trained_heads(directory: Path) -> MedusaHeads:
+def trained_heads(directory: Path) -> TrainableHeads:
     state = read_state(directory)
-    heads = MedusaHeads(read_spec(directory), state["lm_heads.0.weight"])
+    heads = TrainableHeads(read_spec(directory), state["lm_heads.0.weight"])
     heads.load_state_dict(state)
     return heads
 
@@ -100,7 +101,7 @@ def assert_parity(target_directory: Path, heads_directory: Path, prompts: list[l
     for seen in decode_watched(target_directory, heads_directory, prompts):
         with torch.no_grad():
             hidden = final_hidden_states(target, seen.tokens[None])[0]
-            choices = heads(hidden).argmax(-1).T
+            choices = all_logits(heads, hidden).argmax(-1).T
         here = seen.positions
         torch.testing.assert_close(seen.hidden, hidden[here], rtol=1e-3, atol=1e-3)
         agreeing += int((seen.choices == choices[here]).sum())
@@ -122,7 +123,7 @@ def test_trained_heads_are_as_right_in_vllm_as_in_training(tiny_target, tiny_hea
 
 @pytest.mark.parametrize("family", ["Qwen3Config", "Gemma2Config", "OPTConfig"])
 def test_families_agree_on_what_enters_the_lm_head(tmp_path, family):
-    """Heads are trained here on random weights and on texts of the target's own; tied, capped, with LayerNorm."""
+    """Heads are trained on a random target's own texts. The families have tied weights, capped logits and LayerNorm."""
     target = random_target(family)
     target.save_pretrained(tmp_path / "target")
     prompts = torch.randint(VOCABULARY, (64, 8), generator=torch.Generator().manual_seed(1))

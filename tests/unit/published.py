@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts in which Medusa heads have been published, made up, and a small target for them."""
+"""Random checkpoints in the published layouts of Medusa heads, and a small target for them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_target(directory: Path, *, tied: bool = False, vocab_size: int = VOCAB
 
 
 def write_medusa2(directory: Path, *, shards: int = 1, pickled: bool = False, with_lm_heads: bool = True) -> State:
-    """Write a whole model with its heads among its tensors, in files that each hold some of both; returns all."""
+    """Write a Medusa-2 checkpoint; each file holds tensors of model and heads. Returns all tensors."""
     write_target(directory)
     (directory / "tokenizer.json").write_text("{}")
     model = load_file(directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A server with OpenAI's interface that says what it is told to."""
+"""An OpenAI-compatible server with prepared answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Script:
-    """What the server says to each path, status and body, and the bodies that it was sent."""
+    """The status and body that the server returns for each path, and the bodies that it received."""
 
     answers: dict[str, tuple[int, Any]]
     requests: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Tiny random causal language models of several families, and texts that can be learnt at once."""
+"""Tiny random causal language models of several families, and texts that they learn in a few steps."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from vllm_medusa.training.heads import TrainableHeads
 
 VOCABULARY = 16
 
@@ -89,6 +91,11 @@ def build(family: str) -> PreTrainedModel:
 
 
 def counting(blocks: int, seed: int, length: int = 24) -> torch.Tensor:
-    """Texts that count up from anywhere, modulo the vocabulary's size: ``[blocks, length]``."""
+    """Texts that count up from a random token, modulo the vocabulary size: ``[blocks, length]``."""
     starts = torch.randint(VOCABULARY, (blocks, 1), generator=torch.Generator().manual_seed(seed))
     return (starts + torch.arange(length)) % VOCABULARY
+
+
+def all_logits(heads: TrainableHeads, hidden: torch.Tensor) -> torch.Tensor:
+    """Return ``[num_heads, ..., vocab_size]`` for ``hidden`` of ``[..., hidden_size]``."""
+    return torch.stack([heads.logits(head, hidden) for head in range(heads.spec.num_heads)])

@@ -1,1 +1,1 @@
-"""The heads' checkpoint: format, published layouts, conversion."""
+"""The heads' checkpoint: its format, the published layouts, and conversion between them."""

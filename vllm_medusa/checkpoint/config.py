@@ -8,27 +8,27 @@ from typing import Any
 from transformers import PretrainedConfig
 
 MODEL_TYPE = "vllm_medusa"
-"""Not ``medusa``: that name is vLLM 0.32's own configuration, which stays as it is."""
+"""vLLM 0.32 has a configuration of its own under ``medusa``."""
 
 ARCHITECTURE = "VllmMedusaHeads"
 
 PUBLISHED_NAMES = {"medusa_num_heads": "num_heads", "medusa_num_layers": "num_hidden_layers"}
-"""Keys of the original repository's checkpoints and what they are called here and in vLLM 0.32."""
+"""The original repository's keys, and vLLM 0.32's names for them."""
 
 
 class MedusaHeadsConfig(PretrainedConfig):
-    """What a heads' ``config.json`` says, in vLLM 0.32's Medusa format; keys that are absent follow the target.
+    """The heads' ``config.json`` in vLLM 0.32's Medusa format; sizes that are missing are taken from the target.
 
     Attributes:
-        num_heads: K, the number of heads; the one key that must be there.
-        num_hidden_layers: residual layers in each head's block.
-        hidden_size: the target's hidden size; 0 follows the target.
-        vocab_size: the target's vocabulary; 0 follows the target.
+        num_heads: K, the number of heads; the only required key.
+        num_hidden_layers: residual layers per head.
+        hidden_size: the target's hidden size; 0 if not given.
+        vocab_size: the target's vocabulary size; 0 if not given.
         truncated_vocab_size: rows of the heads' LM heads; fewer than ``vocab_size`` with a ``token_map``.
-        original_lm_head: whether all heads share the target's LM head; the checkpoint then needs none.
+        original_lm_head: whether all heads use the target's LM head; the checkpoint then needs none.
         logit_scale: factor on the heads' logits.
-        medusa_tree: the tree that serves these heads best, as ``medusa_tree`` takes it; None if not calibrated.
-        medusa_accuracies: ``[heads][ranks]``, the held-out accuracies from which sparse trees grow.
+        medusa_tree: the best tree for these heads, in the form of the option ``medusa_tree``; None if not calibrated.
+        medusa_accuracies: ``[heads][ranks]``, held-out accuracies; sparse trees are grown from them.
 
     """
 
@@ -56,7 +56,7 @@ class MedusaHeadsConfig(PretrainedConfig):
         self.logit_scale = logit_scale
         self.medusa_tree = medusa_tree
         self.medusa_accuracies = medusa_accuracies
-        # vLLM asks every model for its attention heads and its longest context; heads have neither.
+        # vLLM reads attention sizes and a maximum length from every model's config; Medusa heads have neither.
         self.num_attention_heads = 0
         self.num_key_value_heads = 0
         self.head_dim = 0
@@ -66,7 +66,7 @@ class MedusaHeadsConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> MedusaHeadsConfig:
-        """Read ``config.json`` from a directory or a repository; ``model_type`` may be absent, as in published ones."""
+        """Read ``config.json`` from a directory or repository; published ones may lack ``model_type``."""
         kwargs.pop("trust_remote_code", None)
         stored, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         known = {PUBLISHED_NAMES.get(key, key): value for key, value in stored.items() if key != "model_type"}

@@ -1,4 +1,4 @@
-"""Conversion of heads' checkpoints between the layouts in which they are published and the served one."""
+"""Convert heads' checkpoints from a published layout to the one that vLLM serves, and back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vllm_medusa.checkpoint.published import (
 )
 from vllm_medusa.checkpoint.target import check_sizes, read_lm_head
 from vllm_medusa.checkpoint.weight_files import WeightFile, Weights
-from vllm_medusa.files import replaced_directory
+from vllm_medusa.files import replaced_directory, write_json
 
 HEADS_DIRECTORY = "heads"
 TARGET_DIRECTORY = "target"
@@ -35,10 +35,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
 class Layout(StrEnum):
-    """A layout to write.
-
-    ``SERVED`` is vLLM 0.32's; ``ORIGINAL`` is that of the original repository's ``medusa_lm_head.pt``.
-    """
+    """A layout to write: vLLM 0.32's, or that of the original repository's ``medusa_lm_head.pt``."""
 
     SERVED = "served"
     ORIGINAL = "original"
@@ -50,9 +47,9 @@ class Conversion:
 
     Attributes:
         heads: the heads' directory.
-        target: the directory of the model that the heads were taken out of; None if the checkpoint held heads alone.
+        target: the target's directory if the checkpoint was a whole model; None if it held only heads.
         spec: the heads' sizes.
-        dtype: of the heads' first layer.
+        dtype: the dtype of the heads' first layer.
 
     """
 
@@ -65,22 +62,21 @@ class Conversion:
 def convert(
     source: Path, output: Path, layout: Layout, target: Path | None = None, base_model: str | None = None
 ) -> Conversion:
-    """Convert a checkpoint; tensors keep their values and dtypes, and entries of its config that say no sizes are kept.
+    """Convert a checkpoint; tensors keep their values and dtypes, and the config keeps its entries other than sizes.
 
-    A Medusa-2 checkpoint, heads within a whole model, becomes two directories, ``output/heads`` and ``output/target``,
-    shard by shard: no more than one file of the model is in memory at a time, beside the heads.
+    A Medusa-2 checkpoint is a whole model with heads in it. It is split into ``output/heads`` and ``output/target``,
+    one weight file at a time, so that the model need not fit into memory.
 
     Args:
-        source: a checkpoint in any known layout (see ``vllm_medusa.checkpoint.published``).
-        output: the directory to write; it appears when all of it is there.
+        source: a checkpoint in any layout of ``vllm_medusa.checkpoint.published``.
+        output: the directory to write; it appears only when it is complete.
         layout: the layout to write.
-        target: the model that the heads belong to: their sizes are checked against it, and heads without LM heads of
-            their own get its.
-        base_model: what the heads' config is to call their model where it does not name it; None is ``target``'s path.
+        target: the heads' target model. Sizes are checked against it. Heads without LM heads get the target's.
+        base_model: the target's name for the heads' config, if the config has none yet; default: ``target``'s path.
 
     Raises:
-        ValueError: the layout is not known, tensors are missing or do not fit the target, ``output`` is in use, or the
-            original layout is asked for and the heads' model has no name.
+        ValueError: the layout is unknown, tensors are missing or do not fit the target, ``output`` is not empty, or
+            the original layout is requested and the heads' config does not name their target.
         OSError: a file cannot be read or written.
 
     """
@@ -109,7 +105,7 @@ def convert(
 
 
 def write_target(source: Path, weights: Weights, config: Mapping[str, Any], directory: Path) -> None:
-    """Write the model of a Medusa-2 checkpoint without its heads, a file at a time, with its tokenizer."""
+    """Write a Medusa-2 checkpoint's model and tokenizer without the heads, one weight file at a time."""
     directory.mkdir()
     kept = {file: [name for name in names if HeadTensor.parse(name) is None] for file, names in weights.names.items()}
     kept = {file: names for file, names in kept.items() if names}
@@ -121,8 +117,8 @@ def write_target(source: Path, weights: Weights, config: Mapping[str, Any], dire
         weight_map |= dict.fromkeys(names, shard)
     if len(kept) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        _write_json(directory / SAFE_WEIGHTS_INDEX_NAME, index)
-    _write_json(directory / CONFIG_FILE, _target_entries(config))
+        write_json(directory / SAFE_WEIGHTS_INDEX_NAME, index)
+    write_json(directory / CONFIG_FILE, _target_entries(config))
     for path in source.iterdir():
         weights_or_config = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".index.json", CONFIG_FILE))
         if path.is_file() and not weights_or_config:
@@ -130,26 +126,21 @@ def write_target(source: Path, weights: Weights, config: Mapping[str, Any], dire
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return ``config.json``, empty if there is none: the tensors say all that a conversion must know.
-
-    Raises:
-        ValueError: the file is no JSON object.
-
-    """
+    """Return ``config.json``, or an empty dict if there is none: the sizes are read from the tensors."""
     path = directory / CONFIG_FILE
     if not path.exists():
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not an object; fetch it again")
+        raise ValueError(f"{path} holds a {type(config).__name__}, not an object; download it again")
     return config
 
 
 def _copy_tensors(file: WeightFile, names: list[str], path: Path) -> int:
-    """Write some tensors of a file to another; return their bytes. On return none of them is in memory any more."""
+    """Copy tensors from one file to another and return their size in bytes. The tensors are freed on return."""
     tensors = {name: tensor.contiguous() for name, tensor in file.load(names).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -163,17 +154,13 @@ def _write(directory: Path, heads: PublishedHeads, layout: Layout) -> None:
 
 
 def _heads_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a Medusa-2 model's config that are its heads'."""
+    """Return the entries of a Medusa-2 model's config that describe its heads."""
     return {key: value for key, value in config.items() if key.startswith("medusa_")}
 
 
 def _target_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The other entries; the architecture is the plain one of the model's type, which needs no code of the heads'."""
+    """Return the other entries; ``architectures`` becomes the model type's standard one, without Medusa code."""
     entries = {key: value for key, value in config.items() if not key.startswith("medusa_")}
     if plain := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", "")):
         entries["architectures"] = [plain]
     return entries
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

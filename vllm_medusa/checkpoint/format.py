@@ -1,4 +1,4 @@
-"""The heads' checkpoint: a directory in the format that vLLM 0.32 reads as method "medusa"."""
+"""The heads' checkpoint: a directory in vLLM 0.32's format for the method "medusa"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_medusa.files import replaced_directory
+from vllm_medusa.files import replaced_directory, write_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -20,12 +20,12 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class HeadsSpec:
-    """What a set of Medusa heads looks like.
+    """The sizes of a set of Medusa heads.
 
     Attributes:
         hidden_size: width of the target's hidden state after its final norm.
-        vocab_size: the target's number of tokens.
-        num_heads: heads, the deepest drafted token's depth.
+        vocab_size: the target's vocabulary size.
+        num_heads: number of heads, which is also the depth of the deepest drafted token.
         num_layers: residual layers ``x + SiLU(Linear(x))`` per head.
         fc_bias: whether those linear layers have a bias.
         shared_lm_head: whether all heads use one copy of the target's LM head instead of one LM head each.
@@ -64,10 +64,10 @@ class HeadsSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> HeadsSpec:
-        """Read the entries of a ``config.json``; those that vLLM may leave out get vLLM's defaults.
+        """Read the entries of a ``config.json``; optional ones have vLLM's defaults.
 
         Raises:
-            ValueError: an entry is missing, wrong, or asks for a truncated vocabulary.
+            ValueError: an entry is missing or wrong, or the vocabulary is truncated.
 
         """
         missing = [key for key in ("hidden_size", "vocab_size", "num_heads") if key not in config]
@@ -88,7 +88,7 @@ class HeadsSpec:
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the name and shape of every tensor; a shared LM head is stored as head 0's, where vLLM looks."""
+        """Return the name and shape of every tensor; vLLM expects a shared LM head under the name of head 0's."""
         shapes: dict[str, tuple[int, ...]] = {}
         for head in range(self.num_heads):
             for layer in range(self.num_layers):
@@ -100,12 +100,7 @@ class HeadsSpec:
         return shapes
 
     def validate(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Check that tensors are exactly those of this spec.
-
-        Raises:
-            ValueError: tensors are missing, unknown, or of another shape.
-
-        """
+        """Raise ``ValueError`` if tensors are missing, unknown, or of another shape."""
         shapes = self.shapes()
         if missing := sorted(shapes.keys() - state.keys()):
             raise ValueError(f"the heads' weights lack {', '.join(missing)}")
@@ -122,42 +117,45 @@ def write_heads(
     state_dict: Mapping[str, torch.Tensor],
     extra_config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint; a reader sees the directory's old content or the new one, never a half-written one.
+    """Write a checkpoint; a reader sees the directory's old content or the complete new one.
 
     Args:
-        directory: where the checkpoint goes; what it held before is replaced.
+        directory: where the checkpoint goes; its former content is replaced.
         spec: the heads' sizes.
         state_dict: the tensors that ``spec.shapes()`` names.
-        extra_config: further entries for ``config.json``, such as where the heads come from.
+        extra_config: further entries for ``config.json``.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: the tensors do not fit ``spec``, or an extra entry's name would be taken for one of the spec's.
+        ValueError: the tensors do not fit ``spec``, or vLLM would read an extra entry as a size.
 
     """
     spec.validate(state_dict)
     config = spec.to_config()
     extra = dict(extra_config or {})
-    # vLLM 0.32 renames every key with "num" and "heads" (or "layers") in it to num_heads (or num_hidden_layers).
-    clashes = [key for key in extra if key in config or ("num" in key and ("heads" in key or "layers" in key))]
-    if clashes:
+    if clashes := [key for key in extra if key in config or is_read_as_size(key)]:
         raise ValueError(f"extra_config may not hold {', '.join(clashes)}: vLLM reads the heads' sizes from such names")
     with replaced_directory(directory) as temporary:
-        (temporary / CONFIG_FILE).write_text(json.dumps(config | extra, indent=2) + "\n")
+        write_json(temporary / CONFIG_FILE, config | extra)
         tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state_dict.items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
     return Path(directory)
 
 
+def is_read_as_size(key: str) -> bool:
+    """Whether vLLM 0.32 takes a key of ``config.json`` for ``num_heads`` or ``num_hidden_layers``."""
+    return "num" in key and ("heads" in key or "layers" in key)
+
+
 def read_spec(directory: str | os.PathLike[str]) -> HeadsSpec:
-    """Read the sizes of the heads in a checkpoint."""
+    """Read the heads' sizes from a checkpoint."""
     return HeadsSpec.from_config(json.loads((Path(directory) / CONFIG_FILE).read_text()))
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint and check them against its ``config.json``."""
+    """Read a checkpoint's tensors and check them against its ``config.json``."""
     state = load_file(Path(directory) / WEIGHTS_FILE)
     read_spec(directory).validate(state)
     return state

@@ -1,4 +1,4 @@
-"""Models and heads by their name: a directory, or a repository on the Hugging Face Hub."""
+"""Models and heads by name: a directory, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from vllm_medusa.checkpoint.format import CONFIG_FILE
 
 
 def local_directory(name: str) -> Path:
-    """Return a directory as it is, and anything else fetched from the Hugging Face Hub.
+    """Return the directory ``name``; if there is none, download the repository ``name``.
 
     Raises:
-        ValueError: there is no such directory, and no such repository that can be reached.
+        ValueError: ``name`` is neither a directory nor a repository that can be downloaded.
 
     """
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"{name} is a file; give the directory that holds it and its {CONFIG_FILE}")
+        raise ValueError(f"{name} is a file; give the directory with this file and its {CONFIG_FILE}")
     try:
         return Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is neither a directory nor a repository that can be fetched ({reason})") from None
+        raise ValueError(f"{name} is neither a directory nor a repository that can be downloaded ({reason})") from None

@@ -1,4 +1,4 @@
-"""The layouts in which Medusa heads have been published, read into the served one and written back.
+"""Read the layouts in which Medusa heads have been published, and write the original one.
 
 ======================  ==========================================  ====================================
 what                    original repository, TGI, LoRAX             served: vLLM 0.32
@@ -8,13 +8,12 @@ LM head                 ``HEAD.LAYERS.weight``                      ``lm_heads.H
 shared LM head          none, ``"version": "2"`` in config.json     ``lm_heads.0.weight`` alone
 ======================  ==========================================  ====================================
 
-Names may start with ``medusa_head.`` or ``medusa_heads.``: in Medusa-2 checkpoints, the heads lie among a whole model's
-tensors and are told from them by that prefix.
+Names may start with ``medusa_head.`` or ``medusa_heads.``. In Medusa-2 checkpoints, which hold a whole model, this
+prefix tells the heads' tensors from the model's.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 
-from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec
+from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec, is_read_as_size
 from vllm_medusa.checkpoint.weight_files import ORIGINAL_FILE, Weights
-from vllm_medusa.files import replaced_directory
+from vllm_medusa.files import replaced_directory, write_json
 
 PREFIX = r"(?P<prefix>medusa_heads?\.)?"
 ORIGINAL_NAME = re.compile(PREFIX + r"(?P<head>\d+)\.(?P<layer>\d+)\.(?:linear\.(?P<parameter>weight|bias)|weight)")
@@ -35,24 +34,25 @@ SERVED_NAME = re.compile(
 )
 
 SHARED_VERSION = "2"
-"""``version`` of the original layout's heads that have no LM heads of their own."""
+"""``version`` in the original layout if the heads use the target's LM head."""
 
 BASE_MODEL = "base_model_name_or_path"
-"""The entry of a ``config.json`` that names the heads' model."""
+"""The entry of the heads' ``config.json`` that names their target."""
 
 OWN_ENTRIES = {"model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "version"}
-"""Entries of a ``config.json`` that describe the layout it stands in, and stay with it."""
+"""Entries of a ``config.json`` that describe its own layout; a conversion drops them."""
 
 
 @dataclass(frozen=True)
 class HeadTensor:
-    """One tensor of a checkpoint, by what it is.
+    """One tensor of a head.
 
     Attributes:
-        head: the head, from 0.
-        layer: the residual layer, from 0; for an LM head in the original layout the number of layers, else None.
+        head: the head, counted from 0.
+        layer: the residual layer, counted from 0. For an LM head: the number of layers in the original layout, else
+            None.
         parameter: "weight" or "bias" of a residual layer, None for an LM head.
-        prefixed: whether its stored name has the heads' prefix.
+        prefixed: whether its stored name starts with ``medusa_head.`` or ``medusa_heads.``.
 
     """
 
@@ -63,7 +63,7 @@ class HeadTensor:
 
     @classmethod
     def parse(cls, name: str) -> HeadTensor | None:
-        """Read a stored name in any layout; None if it is no head's tensor."""
+        """Parse a stored name in any layout; return None if the tensor does not belong to a head."""
         if found := ORIGINAL_NAME.fullmatch(name):
             return cls(int(found["head"]), int(found["layer"]), found["parameter"], bool(found["prefix"]))
         if not (found := SERVED_NAME.fullmatch(name)):
@@ -74,18 +74,16 @@ class HeadTensor:
 
     @property
     def is_lm_head(self) -> bool:
-        """Whether it maps to tokens."""
         return self.parameter is None
 
     @property
     def served_name(self) -> str:
-        """Its name in the served layout."""
         if self.is_lm_head:
             return f"lm_heads.{self.head}.weight"
         return f"blocks.{self.head}.layers.{self.layer}.{self.parameter}"
 
     def original_name(self, num_layers: int) -> str:
-        """Return its name in the original layout, in a head of ``num_layers`` residual layers."""
+        """Return its name in the original layout for heads of ``num_layers`` residual layers."""
         if self.is_lm_head:
             return f"{self.head}.{num_layers}.weight"
         return f"{self.head}.{self.layer}.linear.{self.parameter}"
@@ -93,12 +91,12 @@ class HeadTensor:
 
 @dataclass(frozen=True, eq=False)
 class PublishedHeads:
-    """Heads as they were read.
+    """Heads as read from a checkpoint.
 
     Attributes:
         spec: their sizes.
-        state: their tensors under the served names, in the dtype in which they were stored.
-        extra: what else their ``config.json`` says, such as ``BASE_MODEL``.
+        state: their tensors under the served names, in their stored dtype.
+        extra: the other entries of their ``config.json``, such as ``BASE_MODEL``.
 
     """
 
@@ -109,15 +107,14 @@ class PublishedHeads:
 
 @dataclass(frozen=True)
 class HeadNames:
-    """The tensors of a checkpoint, told apart.
+    """The names of a checkpoint's tensors.
 
     Attributes:
-        heads: the heads' tensors, under their stored names.
-        others: the names of all the others, a whole model's.
+        heads: the heads' tensors by stored name.
+        others: the names of all other tensors; they are the model's in a Medusa-2 checkpoint.
 
     Raises:
-        ValueError: there are no heads, they are in no one layout, or there are tensors that belong neither to heads nor
-            to a model around them.
+        ValueError: there are no heads, the heads mix two layouts, or other tensors are mixed with heads without prefix.
 
     """
 
@@ -126,42 +123,39 @@ class HeadNames:
 
     @classmethod
     def of(cls, weights: Weights) -> HeadNames:
-        """Tell the tensors of a checkpoint apart."""
         parsed = {name: HeadTensor.parse(name) for name in weights}
         heads = {name: tensor for name, tensor in parsed.items() if tensor is not None}
         others = [name for name, tensor in parsed.items() if tensor is None]
         if not heads:
             raise ValueError(
-                f"the checkpoint is in no known layout of Medusa heads: it holds {_first(others)}; heads are named "
+                f"the checkpoint is in no known layout of Medusa heads: it holds {_first(others)}; expected names "
                 "like 0.0.linear.weight, medusa_head.0.0.linear.weight or blocks.0.layers.0.weight"
             )
         if others and not all(tensor.prefixed for tensor in heads.values()):
             raise ValueError(
-                f"the checkpoint is in no known layout of Medusa heads: beside heads it holds {_first(others)}; heads "
-                "within a whole model are named like medusa_head.0.0.linear.weight"
+                f"the checkpoint is in no known layout of Medusa heads: beside heads it holds {_first(others)}; "
+                "in a whole model the heads' names must start with medusa_head., as in medusa_head.0.0.linear.weight"
             )
         return cls(heads, others)
 
     def __post_init__(self) -> None:
         num_layers = self.num_layers
         if num_layers == 0:
-            raise ValueError("the heads have no residual layers; heads of at least one layer are served")
+            raise ValueError("the heads have no residual layers; give heads with at least one")
         for name, tensor in self.heads.items():
             if tensor.is_lm_head and tensor.layer not in (None, num_layers):
                 raise ValueError(
-                    f"{name} is in the place of an LM head after {tensor.layer} layers, but there are {num_layers}"
+                    f"{name} is named as an LM head after {tensor.layer} layers, but there are {num_layers}"
                 )
         if len({tensor.served_name for tensor in self.heads.values()}) < len(self.heads):
             raise ValueError(f"the checkpoint holds the same heads in two layouts: {_first(list(self.heads))}")
 
     @property
     def num_heads(self) -> int:
-        """How many heads the names count."""
         return 1 + max(tensor.head for tensor in self.heads.values())
 
     @property
     def num_layers(self) -> int:
-        """How many residual layers the names count in a head."""
         return max((1 + (tensor.layer or 0) for tensor in self.heads.values() if not tensor.is_lm_head), default=0)
 
 
@@ -170,26 +164,26 @@ def read_published(
 ) -> PublishedHeads:
     """Read heads in any layout.
 
-    The tensors say how many heads and layers there are, since published configs do not always.
+    The numbers of heads and layers are read from the tensors, since not every published config states them.
 
     Args:
-        weights: the checkpoint's tensors; those of a model around the heads are left alone.
+        weights: the checkpoint's tensors; only the heads' are loaded.
         config: the checkpoint's ``config.json``.
-        lm_head: gives the target's LM head, ``[vocab_size, hidden_size]``, which heads without their own share.
+        lm_head: loads the target's LM head, ``[vocab_size, hidden_size]``, for heads without LM heads.
 
     Raises:
-        ValueError: the layout is not known, or tensors are missing or do not fit together.
+        ValueError: the layout is unknown, tensors are missing, or their shapes do not fit together.
 
     """
     names = HeadNames.of(weights)
     num_heads, num_layers = names.num_heads, names.num_layers
     if (named := config.get("medusa_num_heads", num_heads)) > num_heads:
-        raise ValueError(f"config.json names {named} heads, but the weights hold {num_heads}; fetch the weights again")
+        raise ValueError(f"config.json names {named} heads, but the weights hold {num_heads}; download both again")
     loaded = weights.load(names.heads)
     state = {tensor.served_name: loaded[name] for name, tensor in names.heads.items()}
     if "lm_heads.0.weight" not in state:
         if lm_head is None:
-            raise ValueError("the heads have no LM heads of their own; name the model whose they share with --target")
+            raise ValueError("the heads have no LM heads of their own; give their target model with --target")
         state["lm_heads.0.weight"] = lm_head()
     _drop_empty_biases(state, config)
     spec = HeadsSpec(
@@ -205,20 +199,22 @@ def read_published(
 
 
 def write_original(directory: Path, heads: PublishedHeads) -> Path:
-    """Write heads as the original repository reads them, ``medusa_lm_head.pt`` and its ``config.json``.
+    """Write heads as the original repository reads them: ``medusa_lm_head.pt`` and its ``config.json``.
 
-    Layers without biases get zeros, which they would otherwise get at random; ``medusa_fc_bias`` says so. A shared LM
-    head is left out, since it is the target's.
+    The original code initialises missing biases at random, so layers without biases get zeros, and ``medusa_fc_bias``
+    is set to false. A shared LM head is not written, since the original code takes the target's.
 
     Raises:
-        ValueError: the layers of a head differ, which the original code, with one module for all of them, cannot load,
-            or the heads do not say whose they are, and it would take them for Vicuna's.
+        ValueError: the layers of a head differ (the original code has one module for all of them), or the config does
+            not name the heads' target (the original code would take Vicuna).
 
     """
     spec = heads.spec
     _check_one_module(heads)
     if BASE_MODEL not in heads.extra:
-        raise ValueError("config.json does not name the heads' model, which the original code must know; give --target")
+        raise ValueError(
+            f"config.json does not name the heads' model ({BASE_MODEL}), which the original code needs; give --target"
+        )
     state: dict[str, torch.Tensor] = {}
     for served, stored in heads.state.items():
         tensor = HeadTensor.parse(served)
@@ -235,14 +231,14 @@ def write_original(directory: Path, heads: PublishedHeads) -> Path:
     if not spec.fc_bias:
         config["medusa_fc_bias"] = False
     with replaced_directory(directory) as temporary:
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / CONFIG_FILE, config)
         with (temporary / ORIGINAL_FILE).open("wb") as file:
             torch.save(state, file)
     return directory
 
 
 def _shares_lm_head(names: HeadNames, config: Mapping[str, Any]) -> bool:
-    """Where no head has an LM head, all share the target's; in the served layout, head 0's stands for it."""
+    """Whether all heads use the target's LM head: they store none, or head 0's alone in the served layout."""
     lm_heads = [tensor for tensor in names.heads.values() if tensor.is_lm_head]
     if not lm_heads:
         return True
@@ -251,7 +247,7 @@ def _shares_lm_head(names: HeadNames, config: Mapping[str, Any]) -> bool:
 
 
 def _drop_empty_biases(state: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Undo what ``write_original`` does for layers without biases; a bias that is not zero stays, whatever is said."""
+    """Remove the zero biases that ``write_original`` adds to layers without biases; other biases stay."""
     biases = [name for name in state if name.endswith(".bias")]
     if config.get("medusa_fc_bias") is False and not any(bool(state[name].any()) for name in biases):
         for name in biases:
@@ -263,19 +259,15 @@ def _check_one_module(heads: PublishedHeads) -> None:
         first = re.sub(r"\.layers\.\d+\.", ".layers.0.", name)
         if not torch.equal(tensor, heads.state[first]):
             raise ValueError(
-                f"{first} and {name} differ, but the original code has one module for all layers of a head and would "
-                "load the last; heads of one layer can be written for it"
+                f"{first} and {name} differ, but the original code has one module for all layers of a head; "
+                "only heads of one layer can be written for it"
             )
 
 
 def _extra(config: Mapping[str, Any], spec: HeadsSpec) -> dict[str, Any]:
-    """Keep what says neither the sizes nor the layout; vLLM takes every key with "num" and "heads" in it for a size."""
-    sizes = {*spec.to_config(), *OWN_ENTRIES}
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in sizes and not ("num" in key and ("heads" in key or "layers" in key))
-    }
+    """Keep the entries of ``config`` that state neither sizes nor the layout."""
+    known = {*spec.to_config(), *OWN_ENTRIES}
+    return {key: value for key, value in config.items() if key not in known and not is_read_as_size(key)}
 
 
 def _first(names: list[str], most: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""What a target's directory says about it, read without loading the model."""
+"""Read a target's sizes and its LM head without loading the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_medusa.checkpoint.weight_files import Weights
 
 
 def read_lm_head(target: Path) -> torch.Tensor:
-    """Return a model's LM head, ``[vocab_size, hidden_size]``; where it is tied to the embedding, that.
+    """Return a model's LM head, ``[vocab_size, hidden_size]``, which is the embedding if the two are tied.
 
     Raises:
         ValueError: the model is no causal language model, or its weights lack the tensor.
@@ -33,18 +33,18 @@ def read_lm_head(target: Path) -> torch.Tensor:
             return weights.load([name])[name]
         if not config.get_text_config().tie_word_embeddings:
             break
-    raise ValueError(f"the weights in {target} lack {name}, the LM head that the heads share; fetch the model again")
+    raise ValueError(f"the weights in {target} lack {name}, the LM head that the heads share; download the model again")
 
 
 def check_sizes(spec: HeadsSpec, target: Path) -> None:
-    """Raise ``ValueError``, naming both numbers, if heads are not of their target's sizes."""
+    """Raise ``ValueError`` if the heads' sizes differ from their target's."""
     config = _model_config(target).get_text_config()
     for name in ("hidden_size", "vocab_size"):
         found, expected = getattr(spec, name), getattr(config, name)
         if found != expected:
             raise ValueError(
                 f"the heads have {name} {found}, the target in {target} has {expected}; "
-                "give the model that they were trained for"
+                "give the target that the heads were trained for"
             )
 
 

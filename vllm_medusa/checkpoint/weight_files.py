@@ -1,4 +1,4 @@
-"""A checkpoint's weights, file by file, so that a model need not fit into memory to be taken apart."""
+"""Read a checkpoint's weights file by file, so that a model larger than memory can be split."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 ORIGINAL_FILE = "medusa_lm_head.pt"
-"""Where the original repository keeps its heads."""
+"""The original repository's file of heads."""
 
 HEADS_FILES = ("medusa_lm_head.safetensors", ORIGINAL_FILE)
-"""Files with nothing but heads; text-generation-inference and LoRAX read the first."""
+"""Files that hold only heads; text-generation-inference and LoRAX read the first."""
 
 INDEXED = {SAFE_WEIGHTS_NAME: SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME: WEIGHTS_INDEX_NAME}
-"""A model's one file, and the index that takes its place where there are several."""
+"""A model's weight file, and the index that it has instead if the weights are sharded."""
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of tensors: safetensors, or a pickle that is read as data only.
+    """One file of tensors: safetensors, or a pickle, of which no code is run.
 
     Raises:
         ValueError: the file is damaged, or holds something other than named tensors.
@@ -36,22 +36,21 @@ class WeightFile:
     path: Path
 
     def names(self) -> list[str]:
-        """Return the tensors' names."""
         try:
             if self._is_safetensors:
                 with safe_open(self.path, framework="pt") as stored:
                     return list(stored.keys())
             return list(self._unpickled())
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a readable safetensors file: {error}; fetch it again") from None
+            raise ValueError(f"{self.path} is not a readable safetensors file: {error}; download it again") from None
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return some of the tensors, on the CPU, no two in the same memory."""
+        """Return the named tensors on the CPU; no two share memory."""
         if self._is_safetensors:
             with safe_open(self.path, framework="pt") as stored:
                 return {name: stored.get_tensor(name) for name in names}
         unpickled = self._unpickled()
-        # The original code gives all layers of a head one module, so its files hold a tensor under several names.
+        # The original code has one module for all layers of a head, so its files hold one tensor under several names.
         return {name: unpickled[name].clone() for name in names}
 
     @property
@@ -63,7 +62,7 @@ class WeightFile:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
             raise ValueError(
-                f"{self.path} is not a readable file of tensors ({str(error).splitlines()[0]}); fetch it again, "
+                f"{self.path} is not a readable file of tensors ({str(error).splitlines()[0]}); download it again, "
                 "or save its state_dict alone"
             ) from None
         if not isinstance(content, dict):
@@ -81,10 +80,10 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Weights:
-    """All tensors of a checkpoint.
+    """The weight files of a checkpoint.
 
     Attributes:
-        names: each file's tensors.
+        names: the names of the tensors in each file.
 
     """
 
@@ -92,7 +91,7 @@ class Weights:
 
     @classmethod
     def find(cls, directory: Path) -> Weights:
-        """List the weights of a directory; heads alone are preferred to a model, safetensors to pickles.
+        """Find a directory's weights. A file of heads comes before a model's, and safetensors before pickles.
 
         Raises:
             ValueError: there are none, or a file is damaged.
@@ -106,7 +105,7 @@ class Weights:
             yield from names
 
     def load(self, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return some of the tensors, whichever files they are in."""
+        """Return the wanted tensors from all files."""
         chosen = set(wanted)
         loaded: dict[str, torch.Tensor] = {}
         for file, names in self.names.items():
@@ -125,8 +124,8 @@ def _paths(directory: Path) -> list[Path]:
             return [directory / name]
     found = sorted(path.name for path in directory.iterdir())
     raise ValueError(
-        f"{directory} holds no weights that are known here; it needs one of {', '.join((*HEADS_FILES, *INDEXED))} "
-        f"(or an index of the last two), it has {', '.join(found[:5]) or 'nothing'}"
+        f"{directory} holds no known weight file; it needs one of {', '.join((*HEADS_FILES, *INDEXED))} "
+        f"(or an index of the last two), but it has {', '.join(found[:5]) or 'nothing'}"
     )
 
 
@@ -134,4 +133,4 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} is no index of weights: it must be JSON with a weight_map; fetch it again") from None
+        raise ValueError(f"{index} is no index of weights: it has no weight_map; download it again") from None

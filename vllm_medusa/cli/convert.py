@@ -23,12 +23,12 @@ def convert(
     ] = "served",
     target: Annotated[
         str | None,
-        typer.Option(help="The model of the heads: sizes are checked against it, and shared LM heads come from it."),
+        typer.Option(help="The heads' target: sizes are checked against it, and heads without LM heads get its."),
     ] = None,
 ) -> None:
-    """Convert published Medusa heads to what vLLM serves, or back to what the original code reads.
+    """Convert published Medusa heads to the layout that vLLM serves, or back to the original one.
 
-    A Medusa-2 checkpoint, heads within a whole model, becomes OUTPUT/heads and OUTPUT/target.
+    A Medusa-2 checkpoint, a whole model with heads in it, is split into OUTPUT/heads and OUTPUT/target.
     """
     with one_line_errors():
         from vllm_medusa.checkpoint.conversion import Layout

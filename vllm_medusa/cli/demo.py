@@ -10,7 +10,7 @@ import typer
 
 def demo(
     directory: Annotated[Path, typer.Option(help="Where models and results are kept.")] = Path("build/demo"),
-    rounds: Annotated[int, typer.Option(min=1, help="Prompts on which the contenders take turns.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Prompts that each contender decodes for time.")] = 5,
 ) -> None:
     """Train a small model and its heads on this machine, then race stock vLLM against draft trees.
 

@@ -26,29 +26,30 @@ def distill(
     prompts: Annotated[
         list[Path],
         typer.Argument(
-            help="Files of prompts: .jsonl or .json of conversations or prompts, .txt with a prompt a line."
+            help="Files of prompts: .jsonl or .json of conversations or prompts, .txt with one prompt per line."
         ),
     ],
     output: Annotated[Path, typer.Option(help="The directory to write; new, empty, or of an interrupted run.")],
     url: Annotated[
-        str | None, typer.Option(help="Ask a server with OpenAI's interface, http://HOST:PORT/v1, not an own vLLM.")
+        str | None,
+        typer.Option(help="Use an OpenAI-compatible server, http://HOST:PORT/v1, instead of vLLM in this process."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="With --url: dialogues that run at the same time.")] = 64,
     engine_args: Annotated[
-        str, typer.Option(help="Without --url: further options of vllm.LLM, as a JSON object; vLLM checks them.")
+        str, typer.Option(help="Without --url: further options of vllm.LLM, as a JSON object.")
     ] = "{}",
     skip_bad: Annotated[
         bool,
         typer.Option(
             "--skip-bad",
-            help="Skip and count lines without a prompt, or with one that the target refuses; else they are refused.",
+            help="Skip and count lines without a valid prompt, and prompts that the target refuses.",
         ),
     ] = False,
 ) -> None:
-    """Let the target write its heads' training set: its own answers to prompts, for "train --data OUTPUT".
+    """Let the target write the training set for its heads: its own answers to prompts, for "train --data OUTPUT".
 
-    Of conversations the user's turns are kept, and the target answers each, on top of its own former answers. A run
-    that was interrupted goes on after its last finished file when the same command is given again.
+    Of conversations the user's turns are kept, and the target answers each one, with its own earlier answers in
+    context. The same command resumes an interrupted run after its last finished file.
     """
     with one_line_errors():
         from vllm_medusa.data.validation import validated
@@ -66,7 +67,7 @@ def distill(
 
             from vllm_medusa.distillation.offline_target import OfflineTarget
 
-            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # Its log would tear the progress bar apart.
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # More would interrupt the progress bar.
             tokenizer = _load_tokenizer(config.model, options)
             target = OfflineTarget(config.model, tokenizer, options)
             style = PromptStyle.CHAT if tokenizer.chat_template else PromptStyle.COMPLETION
@@ -95,7 +96,6 @@ def _engine_options(text: str) -> dict[str, Any]:
 
 
 def _load_tokenizer(model: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the engine will use."""
     from transformers import AutoTokenizer
 
     name = options.get("tokenizer") or model

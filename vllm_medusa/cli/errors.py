@@ -1,4 +1,4 @@
-"""What a command prints when it cannot do what it is asked to."""
+"""How commands report errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print a wrong setting, file or disk as one line, without a traceback, and exit with 2."""
+    """Print errors in settings and files in one line without a traceback, and exit with 2."""
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:

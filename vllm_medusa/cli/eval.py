@@ -17,31 +17,34 @@ def evaluate(
     model: Annotated[str, typer.Option(help="The target: a directory, or a repository on the Hugging Face Hub.")],
     heads: Annotated[Path, typer.Option(help="The heads' directory, as training or convert wrote it.")],
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Files of prompts, .txt with one a line or .jsonl; the target goes on.")
+        list[Path] | None,
+        typer.Option(help="Files of prompts for the target to continue: .jsonl, or .txt with one per line."),
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Instead of prompts: what the target has written already, such as distill's OUTPUT."),
+        typer.Option(help="Instead of prompts: text that the target has written, such as distill's OUTPUT."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Most tokens that the target writes after a prompt.")] = 128,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 2048,
-    ranks: Annotated[int, typer.Option(min=1, help="First tokens of each head that are looked at.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="The longest text, in tokens.")] = 2048,
+    ranks: Annotated[int, typer.Option(min=1, help="How many of each head's most probable tokens are counted.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 8,
     style: Annotated[
         PromptStyle | None,
-        typer.Option(help="How prompts reach the target; left out, in its chat template if it has one."),
+        typer.Option(help="Answer prompts in the chat template, or continue them. Default: chat if there is one."),
     ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Skip and count lines that are no good; otherwise they are refused.")
+        bool, typer.Option("--skip-bad", help="Skip and count lines that are not valid instead of refusing them.")
     ] = False,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Nodes of the tree to write; left out, serving chooses how many.")
+        int | None, typer.Option(min=1, help="Nodes of the tree to write. Default: num_speculative_tokens at serving.")
     ] = None,
-    write: Annotated[bool, typer.Option("--write", help="Put the tree and the accuracies into the heads.")] = False,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for all numbers.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A PNG file for the picture.")] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write tree and accuracies into the heads' config.json.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A PNG file for the plot.")] = None,
 ) -> None:
-    """Measure heads on held-out text that their target writes, and grow the best trees from what they get right."""
+    """Measure heads on held-out text of their target, and grow the best trees from their accuracies."""
     with one_line_errors():
         from rich.console import Console
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,14 +83,14 @@ def evaluate(
             draw(plot, evaluation, calibration)
         if write:
             write_calibration(heads, calibration, nodes)
-            tree = "grown to the size that serving asks for" if nodes is None else f"of {nodes} nodes"
-            typer.echo(f"{heads}: written medusa_accuracies, and for medusa_tree the best tree {tree}")
+            tree = "of num_speculative_tokens nodes" if nodes is None else f"of {nodes} nodes"
+            typer.echo(f"{heads}: wrote medusa_accuracies, and as medusa_tree the best tree {tree}")
 
 
 def _check_outputs(output: Path | None, plot: Path | None) -> None:
-    """Refuse, before anything is measured, what could not be written after it."""
+    """Raise ``ValueError`` before the measurement if its results could not be written."""
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; make it first")
+            raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; create it first")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed; install vllm-medusa[train]")

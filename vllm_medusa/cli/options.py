@@ -1,4 +1,4 @@
-"""Command-line options made from a pydantic model, which stays the only place that knows them."""
+"""Create command-line options from the fields of a pydantic model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pydantic.fields import FieldInfo
 
 
 def with_options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for every field of a model.
+    """Give a command an option for each field of a model.
 
-    The values arrive in the command's ``settings``: those that were given, by their field's name, as they were typed;
-    the model itself reads and checks them. A field that takes several values is an option that may be repeated.
+    The command's parameter ``settings`` gets the options that were given, by field name and as typed; the model parses
+    and validates them. An option for a field of several values may be repeated.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -52,7 +52,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _metavar(field: FieldInfo) -> str | None:
-    """Say what a field takes: its choices, or the name of its type."""
+    """Return a field's choices, or the name of its type."""
     kind = field.annotation
     if get_origin(kind) in (Union, UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))

@@ -17,12 +17,13 @@ from vllm_medusa.training.config import TrainConfig, load_config
 def train(
     settings: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file of settings, by the options' names with _ for -; options win.")
+        Path | None,
+        typer.Option(help="A YAML file of settings, named as the options with _ for -; options take precedence."),
     ] = None,
 ) -> None:
     """Train Medusa heads (medusa1), or heads and target together (medusa2).
 
-    A run that was interrupted goes on from its last checkpoint when the same command is given again.
+    The same command resumes an interrupted run from its last checkpoint.
 
     For several GPUs start it with "torchrun --nproc-per-node N -m vllm_medusa.cli train ..." or "accelerate launch".
     """

@@ -1,4 +1,4 @@
-"""Conversations as tokens, by the tokenizer's own chat template, and which of the tokens are the assistant's."""
+"""Tokenize conversations with the tokenizer's chat template, and label the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -8,33 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.data.records import Message, Role
-from vllm_medusa.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What a template puts before the assistant's words; ``transformers`` looks for the same."""
+"""The tag that ``transformers`` looks for in a template that marks the assistant's tokens."""
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer can render conversations.
-
-    Raises:
-        ValueError: it has no chat template.
-
-    """
+    """Raise ``ValueError`` if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so it cannot render conversations; "
-            "give a tokenizer_config.json or chat_template.jinja with one, or records of prompt and completion"
+            "add a chat_template.jinja to the model, or give records of prompt and completion"
         )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Return the tokens from which the target writes the assistant's next turn.
+    """Return the prompt for the assistant's next turn.
 
     Raises:
         ValueError: there is no chat template, or it refuses the messages.
@@ -45,15 +39,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sample:
-    """Return a conversation's tokens, with labels on what the assistant emits: its words and its end-of-turn token.
+    """Return a conversation's tokens, with labels on what the assistant emits: its text and its end-of-turn token.
 
-    A template with ``{% generation %}`` marks the assistant's words itself. With any other, a turn's tokens are those
-    that the conversation up to its end has beyond the prompt from which the target writes the turn, up to the
-    end-of-sequence token where the turn has one.
+    A template with ``{% generation %}`` marks these tokens itself. Any other template is applied twice per turn: to
+    the turn's prompt and to the conversation through the turn. The tokens that the second has beyond the first are the
+    assistant's, up to the end-of-sequence token if there is one.
 
     Raises:
-        ValueError: there is no chat template, it refuses the messages, or it does not say which tokens are the
-            assistant's: a turn's prompt is not how the conversation begins.
+        ValueError: there is no chat template, it refuses the messages, or the assistant's tokens cannot be found,
+            because the template renders earlier turns differently once more follow.
 
     """
     require_chat_template(tokenizer)
@@ -61,7 +55,7 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
         rendered = _render(tokenizer, messages, return_assistant_tokens_mask=True)
         ids, mask = rendered["input_ids"], rendered["assistant_masks"]
         if not any(mask):
-            raise ValueError("the chat template's {% generation %} marks nothing in it")
+            raise ValueError("the chat template's {% generation %} marks nothing in this conversation")
     else:
         ids = _render(tokenizer, messages)["input_ids"]
         mask = _mask_by_prefixes(tokenizer, messages, ids)
@@ -80,7 +74,7 @@ def _mask_by_prefixes(
         if ids[: len(through)] != through or through[: len(prompt)] != prompt:
             raise ValueError(
                 f"with this chat template the tokens before message {index + 1} (counted from 1) change with what "
-                "follows, so the assistant's cannot be told; give a template that marks them by {% generation %}"
+                "follows, so the assistant's tokens are unknown; give a template that marks them by {% generation %}"
             )
         end = len(through)
         if tokenizer.eos_token_id in through[len(prompt) :]:
@@ -94,4 +88,4 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **o
     try:
         return tokenizer.apply_chat_template(plain, tokenize=True, return_dict=True, **options)
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())}") from None
+        raise ValueError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from None

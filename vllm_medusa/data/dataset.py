@@ -1,4 +1,4 @@
-"""Files of records as the blocks that heads are trained on."""
+"""Turn files of records into the blocks that heads are trained on."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllm_medusa.data.chat import encode_conversation
-from vllm_medusa.data.packing import Sample, pack_samples
+from vllm_medusa.data.packing import IGNORED, Sample, pack_samples
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, read_records
 from vllm_medusa.data.records import Completion, Record, Text, TurnTokens
-from vllm_medusa.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,25 +19,21 @@ if TYPE_CHECKING:
 
 
 def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, length: int, bad_lines: BadLines) -> Dataset:
-    """Read, tokenise and pack training files.
+    """Read, tokenize and pack training files (see ``pack_samples``).
 
-    A record stands whole in a block, next to others, with padding at the block's end; one that is longer than a block
-    is cut, and its further pieces lack what came before. ``pack_samples`` says what the borders inside a block mean.
-
-    The data set is in memory (8 bytes per token); nothing is written to the cache of ``datasets``.
+    The data set is held in memory (8 bytes per token). Nothing is written to the cache of ``datasets``.
 
     Args:
-        files: what ``parsed_lines`` takes.
+        files: files or directories, as ``parsed_lines`` reads them.
         tokenizer: the target's.
         length: tokens per block.
-        bad_lines: whether a bad line ends the reading, or is skipped; the number of skipped lines is logged.
+        bad_lines: whether a bad line raises or is skipped; the number of skipped lines is logged.
 
     Returns:
-        Columns ``input_ids`` and ``labels``: lists of exactly ``length`` integers, a label being the token's id or
-        ``IGNORED``.
+        Columns ``input_ids`` and ``labels``: lists of ``length`` integers. A label is the token's id or ``IGNORED``.
 
     Raises:
-        ValueError: a line is no good and bad lines are refused, or no line is good.
+        ValueError: a line is bad and bad lines are refused, or all lines are bad.
         OSError: a file cannot be read.
 
     """
@@ -64,16 +59,16 @@ def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, lengt
 def encode_record(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Sample]:
     """Return a record's tokens and labels.
 
-    A text has labels on all its tokens, and begins and ends as the tokenizer has it. A completion has labels from the
-    first token on in which it and its prompt alone differ. A conversation is rendered by the chat template (see
-    ``encode_conversation``). Where a record carries tokens, they are taken as they are.
+    All tokens of a text have labels. Of a completion, the tokens after the prompt have labels, beginning with the first
+    one that differs from the prompt's own tokens. Conversations are rendered by the chat template (see
+    ``encode_conversation``). If a record holds token ids, these are used instead of its text.
 
     Returns:
-        One sample; more where a record's tokens are of turns that do not each continue the one before, because the
-        former answers were tokenised again in between.
+        One sample; several if a turn's recorded prompt does not begin with the tokens of the turn before, as happens
+        when earlier answers are tokenized again.
 
     Raises:
-        ValueError: the chat template is missing or refuses the record, or a token id is not the tokenizer's.
+        ValueError: the chat template is missing or refuses the record, or a token id is not in the vocabulary.
 
     """
     if isinstance(record, Text):
@@ -89,14 +84,7 @@ def encode_record(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Sa
 def read_samples(
     files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLineCounter
 ) -> Iterator[Sample]:
-    """Read files of records as samples, one after another; a record that cannot be encoded is a bad line.
-
-    Raises:
-        BadLineError: a line is no good and bad lines are refused.
-        ValueError: see ``parsed_lines``.
-        OSError: a file cannot be read.
-
-    """
+    """Read records one by one as samples; raises as ``parsed_lines``. A record that cannot be encoded is a bad line."""
     for source, record in read_records(files, bad_lines):
         try:
             samples = encode_record(tokenizer, record)
@@ -121,7 +109,7 @@ def _encode_tokens(turns: Sequence[TurnTokens], vocab_size: int) -> list[Sample]
         if largest >= vocab_size:
             raise ValueError(
                 f"token id {largest} is not one of the tokenizer's {vocab_size}; give the tokenizer of the model "
-                "that wrote it"
+                "that wrote the record"
             )
         labels: list[int] = []
         if samples and prompt[: len(samples[-1])] == samples[-1].input_ids:
@@ -132,6 +120,6 @@ def _encode_tokens(turns: Sequence[TurnTokens], vocab_size: int) -> list[Sample]
 
 
 def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many tokens two sequences have in common from their beginning."""
+    """Return the length of the longest common prefix."""
     differing = (index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
     return next(differing, min(len(first), len(second)))

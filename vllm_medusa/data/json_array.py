@@ -1,4 +1,4 @@
-"""A JSON array that is read item by item, however long it is."""
+"""Read a JSON array item by item, without holding all of it in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK = 1 << 20
 
 
 class ArraySyntaxError(ValueError):
-    """A JSON array that is broken at ``line``."""
+    """The JSON array is broken at ``line``."""
 
     def __init__(self, reason: str, line: int) -> None:
         super().__init__(reason)
@@ -19,14 +19,10 @@ class ArraySyntaxError(ValueError):
 
 
 def array_items(stream: TextIO, chunk: int = CHUNK) -> Iterator[tuple[int, Any]]:
-    """Yield the items of a JSON array, each with the line where it begins, counted from 1.
-
-    Args:
-        stream: holds the array and nothing else.
-        chunk: characters read at once.
+    """Yield each item of the array in ``stream``, and the line on which the item begins, counted from 1.
 
     Raises:
-        ArraySyntaxError: it is not a JSON array; the items before the break have been yielded.
+        ArraySyntaxError: the stream is not one JSON array. The items before the error have been yielded by then.
 
     """
     window = _Window(stream, chunk)
@@ -37,11 +33,11 @@ def array_items(stream: TextIO, chunk: int = CHUNK) -> Iterator[tuple[int, Any]]
         yield window.line, window.take_value()
         separator = window.take(",]")
     if rest := window.next_character():
-        raise ArraySyntaxError(f"{rest!r} follows its end", window.line)
+        raise ArraySyntaxError(f"{rest!r} follows the array's end", window.line)
 
 
 class _Window:
-    """The part of a stream that has been read and not been taken yet, from ``position`` on."""
+    """A buffer of the stream; the text from ``_position`` on has been read but not yet taken."""
 
     def __init__(self, stream: TextIO, chunk: int) -> None:
         self._stream = stream
@@ -53,7 +49,7 @@ class _Window:
         self.line = 1
 
     def next_character(self) -> str:
-        """Pass over white space and return what comes next, without taking it; nothing at the stream's end."""
+        """Skip white space and return the next character without taking it; "" at the stream's end."""
         while True:
             while self._position < len(self._buffer):
                 character = self._buffer[self._position]
@@ -65,7 +61,6 @@ class _Window:
             self._read()
 
     def take(self, allowed: str) -> str:
-        """Take one of the allowed characters."""
         character = self.next_character()
         if not character or character not in allowed:
             expected = " or ".join(map(repr, allowed))
@@ -76,7 +71,6 @@ class _Window:
         return character
 
     def take_value(self) -> Any:
-        """Take a JSON value that begins at the position."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
@@ -85,7 +79,7 @@ class _Window:
                     line = self.line + self._buffer.count("\n", self._position, error.pos)
                     raise ArraySyntaxError(error.msg, line) from None
             else:
-                # A number that ends where the buffer does may go on.
+                # A number at the buffer's end may have more digits in the stream.
                 if end < len(self._buffer) or self._exhausted:
                     self._advance(end)
                     return value
@@ -96,7 +90,7 @@ class _Window:
         self._position = position
 
     def _read(self) -> None:
-        """Read at least as much as is there, so that a long value is tried a few times only."""
+        """Read at least as many characters as are left, so that a long value is parsed only a few times."""
         rest = self._buffer[self._position :]
         read = self._stream.read(max(self._chunk, len(rest)))
         self._buffer, self._position, self._exhausted = rest + read, 0, not read

@@ -1,23 +1,24 @@
-"""Records' tokens, packed into blocks of one length."""
+"""Pack samples, the tokens of records with their labels, into blocks of one length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vllm_medusa.training.losses import IGNORED
+IGNORED = -100
+"""The label of a token on which no loss is taken, as in ``torch`` and ``transformers``."""
 
 OPEN_BLOCKS = 64
-"""Blocks that wait for a sample that fits what room they have."""
+"""How many unfinished blocks are kept open for further samples."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens, and what is learnt of them.
+    """Tokens and their labels.
 
     Attributes:
         input_ids: token ids.
-        labels: for each, itself, or ``IGNORED`` where it is not learnt.
+        labels: one per token: its id, or ``IGNORED``.
 
     """
 
@@ -29,12 +30,12 @@ class Sample:
 
 
 def pack_samples(samples: Iterable[Sample], length: int, padding_id: int) -> Iterator[Sample]:
-    """Put samples one after another into blocks, each sample whole and into the fullest block where it fits.
+    """Pack each sample whole into the fullest open block that has room for it.
 
-    A sample longer than a block is cut; pieces without a label are left out. What room a block has at its end is filled
-    with padding, without labels, which no token before it can attend to. Samples in a block are not fenced off: a later
-    one may attend to an earlier one, and the deeper heads at the end of one are asked for the labels at the beginning
-    of the next, of which there are none where that begins with a prompt.
+    A sample longer than a block is cut into pieces; pieces without labels are dropped. Blocks end with padding, which
+    has no labels and which no earlier token attends to. There is no attention mask between the samples of a block:
+    later samples attend to earlier ones, and heads at the end of one sample predict the beginning of the next, unless
+    it begins with an unlabelled prompt.
 
     Args:
         samples: in any order; they are read once.
@@ -42,7 +43,7 @@ def pack_samples(samples: Iterable[Sample], length: int, padding_id: int) -> Ite
         padding_id: the token id that fills a block.
 
     Yields:
-        Blocks of exactly ``length`` tokens, each with at least one label, in an order that follows from the samples.
+        Blocks of ``length`` tokens with at least one label each. The order depends only on the samples.
 
     """
     blocks: list[_Block] = []

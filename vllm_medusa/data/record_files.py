@@ -1,4 +1,4 @@
-"""Files of records: JSON lines, a JSON array, or plain text, read one record at a time."""
+"""Read files of records one by one: JSON lines, a JSON array, or plain text."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ Parsed = TypeVar("Parsed")
 
 
 class BadLines(StrEnum):
-    """What to do about a line that holds no good record."""
+    """What to do with a line that holds no valid record."""
 
     REFUSE = "refuse"
     SKIP = "skip"
 
     @classmethod
     def from_flag(cls, skip_bad: bool) -> BadLines:
-        """Read the flag ``--skip-bad``."""
         return cls.SKIP if skip_bad else cls.REFUSE
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a record stands: a file and a line, counted from 1."""
+    """A record's file and line, counted from 1."""
 
     file: Path
     line: int
@@ -46,18 +45,15 @@ class Source:
 
 
 class BadLineError(ValueError):
-    """A line that holds no good record: ``file:line: reason; what to do``."""
+    """A line holds no valid record; the message is ``file:line: reason; what to do``."""
 
 
 class BadLineCounter:
-    """Refuses bad lines, or counts them.
-
-    Args:
-        policy: which of the two.
+    """Refuses bad lines or counts them, as ``policy`` says.
 
     Attributes:
-        count: the lines that were skipped.
-        first: what was wrong with the first of them.
+        count: number of skipped lines.
+        first: the first skipped line and the reason.
 
     """
 
@@ -67,12 +63,7 @@ class BadLineCounter:
         self.first: str | None = None
 
     def add(self, source: Source, reason: object) -> None:
-        """Take notice of a bad line.
-
-        Raises:
-            BadLineError: bad lines are refused.
-
-        """
+        """Count a bad line; raise ``BadLineError`` if bad lines are refused."""
         message = f"{source}: {reason}"
         if self.policy is BadLines.REFUSE:
             raise BadLineError(f"{message}; correct the line, or skip such lines with --skip-bad")
@@ -80,28 +71,28 @@ class BadLineCounter:
         self.first = self.first or message
 
     def report(self) -> None:
-        """Log how many lines were skipped, if any were."""
+        """Log the number of skipped lines, if there are any."""
         if self.count:
             logger.warning("bad lines skipped: %d; the first is %s", self.count, self.first)
 
 
 def read_records(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Record]]:
-    """Read training records, one after another; see ``parsed_lines`` for the files and ``parse_record`` for a line."""
+    """Read training records one by one: ``parse_record`` for each of the ``parsed_lines``."""
     return parsed_lines(files, parse_record, bad_lines)
 
 
 def parsed_lines(
     files: Sequence[Path], parse: Callable[[Any], Parsed], bad_lines: BadLineCounter
 ) -> Iterator[tuple[Source, Parsed]]:
-    """Read files and make something of every line.
+    """Read files and parse every line.
 
     Args:
-        files: what ``read_lines`` takes; a directory stands for its ``.jsonl`` files.
-        parse: takes a line's JSON value; raises ``ValueError`` with the reason where it is no good.
-        bad_lines: what happens then.
+        files: files as ``read_lines`` reads them; a directory stands for its ``.jsonl`` files.
+        parse: parses a line's JSON value; raises ``ValueError`` if the value is bad.
+        bad_lines: refuses or counts the bad lines.
 
     Raises:
-        BadLineError: a line is no good and bad lines are refused.
+        BadLineError: a line is bad and bad lines are refused.
         ValueError: a directory holds no ``.jsonl`` file, or see ``read_lines``.
         OSError: a file cannot be read.
 
@@ -116,12 +107,7 @@ def parsed_lines(
 
 
 def without_directories(paths: Sequence[Path]) -> list[Path]:
-    """Put a directory's ``.jsonl`` files, in the order of their names, in the directory's place.
-
-    Raises:
-        ValueError: a directory holds none.
-
-    """
+    """Replace each directory by its ``.jsonl`` files, sorted by name; ``ValueError`` if it has none."""
     files: list[Path] = []
     for path in paths:
         found = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -132,16 +118,16 @@ def without_directories(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_lines(file: Path, bad_lines: BadLineCounter) -> Iterator[tuple[Source, Any]]:
-    """Yield the JSON values of one file and the lines where they begin.
+    """Yield the JSON values of one file and the lines on which they begin.
 
-    ``.jsonl`` and ``.json`` hold one value a line, or an array of values, which is told by the first character.
-    ``.txt`` holds one document, or one prompt, a line, which counts as ``{"text": line}``. Blank lines are passed over.
-    Files are UTF-8, and never in memory as a whole.
+    A ``.jsonl`` or ``.json`` file holds one value per line, or one array of values if its first character is ``[``.
+    A line of a ``.txt`` file is read as ``{"text": line}``. Blank lines are skipped. Files are UTF-8 and are read
+    piece by piece.
 
     Raises:
         BadLineError: a line is not JSON or not UTF-8, and bad lines are refused.
-        ValueError: the file's suffix is none of these, or an array is broken: what follows cannot be told apart, so
-            that is never skipped.
+        ValueError: the file has another suffix, or an array is broken. The rest of a broken array cannot be read, so
+            this is never skipped.
         OSError: the file cannot be read.
 
     """
@@ -169,7 +155,7 @@ def _text_record(line: str) -> dict[str, str]:
 
 
 def _text_lines(file: Path, parse: Callable[[str], Any], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Any]]:
-    with file.open("rb") as stream:  # As text, a line that is not UTF-8 would end the reading.
+    with file.open("rb") as stream:  # In text mode, a line that is not UTF-8 could not be skipped.
         for number, line in enumerate(stream, start=1):
             source = Source(file, number)
             try:

@@ -1,4 +1,4 @@
-"""What a training set is made of: texts, completions of prompts, conversations."""
+"""The records of a training set: texts, completions of prompts, and conversations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from vllm_medusa.data.validation import shortened, validated
 
 
 class Role(StrEnum):
-    """Who speaks."""
-
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
 
 
 SHAREGPT_ROLES = {"human": Role.USER, "gpt": Role.ASSISTANT}
-"""ShareGPT's names of the roles, where they differ from OpenAI's."""
+"""ShareGPT's names for roles that OpenAI calls otherwise."""
 
 
 def _openai_role(name: Any) -> Any:
@@ -28,24 +26,24 @@ def _openai_role(name: Any) -> Any:
 
 
 class FrozenModel(BaseModel):
-    """A part of a record. Published sets carry keys of their own (an id, a language); they are passed over."""
+    """Part of a record. Unknown keys are ignored, since published sets have additional ones (an id, a language)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Message(FrozenModel):
-    """One turn of a conversation, in OpenAI's form or ShareGPT's."""
+    """One message of a conversation, with OpenAI's or ShareGPT's keys."""
 
     role: Annotated[Role, BeforeValidator(_openai_role), Field(validation_alias=AliasChoices("role", "from"))]
     content: Annotated[str, Field(validation_alias=AliasChoices("content", "value"))]
 
 
 class TurnTokens(FrozenModel):
-    """The very tokens of an assistant's turn.
+    """The token ids of one answer.
 
     Attributes:
-        prompt_ids: all that the target was given, the former turns included.
-        completion_ids: what the target emitted, with the end-of-sequence token if it came to that.
+        prompt_ids: the target's whole prompt, including earlier turns.
+        completion_ids: the tokens that the target emitted, with the end-of-sequence token if there was one.
 
     """
 
@@ -54,18 +52,18 @@ class TurnTokens(FrozenModel):
 
 
 class Text(FrozenModel):
-    """A document: all of it is learnt."""
+    """A document; loss is taken on all of it."""
 
     text: str = Field(min_length=1)
 
 
 class Completion(FrozenModel):
-    """A prompt, and its continuation, which alone is learnt.
+    """A prompt and its continuation; loss is taken on the continuation.
 
     Attributes:
         prompt: the prompt.
-        completion: the continuation, as it follows the prompt, with the space between them if there is one.
-        tokens: the one turn's tokens, where they are known; empty otherwise.
+        completion: the continuation, with the space between the two if there is one.
+        tokens: the token ids, if known.
 
     """
 
@@ -75,11 +73,11 @@ class Completion(FrozenModel):
 
 
 class Conversation(FrozenModel):
-    """Messages, of which the assistant's are learnt.
+    """Messages; loss is taken on the assistant's.
 
     Attributes:
-        messages: the turns in order; at least one is the assistant's.
-        tokens: the tokens of each of the assistant's turns, where they are known; empty otherwise.
+        messages: in order; at least one is the assistant's.
+        tokens: the token ids of each answer, if known.
 
     """
 
@@ -93,17 +91,12 @@ class Conversation(FrozenModel):
         if answers == 0:
             raise ValueError("no turn is the assistant's, so there is nothing to learn")
         if len(self.tokens) not in (0, answers):
-            raise ValueError(f"there are tokens of {len(self.tokens)} turns, but the assistant has {answers}")
+            raise ValueError(f"there are tokens of {len(self.tokens)} turns, but the assistant has {answers} turns")
         return self
 
 
 def refuse_empty_turns(messages: Sequence[Message], *roles: Role) -> None:
-    """Check that everybody of these roles says something whenever he speaks.
-
-    Raises:
-        ValueError: somebody does not.
-
-    """
+    """Raise ``ValueError`` if a message of one of these roles is empty."""
     for number, message in enumerate(messages, start=1):
         if message.role in roles and not message.content.strip():
             raise ValueError(f"message {number} (counted from 1), the {message.role}'s, is empty")
@@ -112,18 +105,18 @@ def refuse_empty_turns(messages: Sequence[Message], *roles: Role) -> None:
 Record = Text | Completion | Conversation
 
 MESSAGE_KEYS = ("messages", "conversations")
-"""Where OpenAI's form and ShareGPT's keep a conversation."""
+"""OpenAI's and ShareGPT's keys for a conversation."""
 
 
 def parse_record(value: Any) -> Record:
-    """Make a record of what a line of a file holds.
+    """Parse the JSON value of one line.
 
     Args:
         value: ``{"conversations": [{"from", "value"}, ...]}`` (ShareGPT), ``{"messages": [{"role", "content"}, ...]}``
-            (OpenAI), ``{"prompt", "completion"}``, or ``{"text"}``; further keys are passed over.
+            (OpenAI), ``{"prompt", "completion"}``, or ``{"text"}``; further keys are ignored.
 
     Raises:
-        ValueError: it is none of these; one line.
+        ValueError: the value is none of these; the message is one line.
 
     """
     fields = as_object(value)
@@ -135,18 +128,18 @@ def parse_record(value: Any) -> Record:
     elif "text" in fields:
         kind = Text
     else:
-        keys = ", ".join(map(repr, fields)) or "no keys"
-        raise ValueError(f"holds {keys}; give 'messages', 'conversations', 'prompt' and 'completion', or 'text'")
+        raise ValueError(
+            f"holds {shown_keys(fields)}; give 'messages', 'conversations', 'prompt' and 'completion', or 'text'"
+        )
     return validated(kind, fields)
 
 
+def shown_keys(fields: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, fields)) or "no keys"
+
+
 def as_object(value: Any) -> Mapping[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        ValueError: it is something else.
-
-    """
+    """Return ``value`` if it is a JSON object, else raise ``ValueError``."""
     if not isinstance(value, dict):
         raise ValueError(f"must be a JSON object, got {shortened(value)}")
     return value

@@ -1,4 +1,4 @@
-"""Pydantic models of what a user wrote: what is wrong with it, in one line."""
+"""Validate user input with pydantic models and report errors in one line."""
 
 from __future__ import annotations
 
@@ -10,26 +10,21 @@ from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MOST_ERRORS = 3
-"""How many errors one line tells."""
+MAX_ERRORS = 3
+"""How many errors one message lists."""
 
 
 def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
-    """Make a pydantic model.
-
-    Raises:
-        ValueError: the first things that are wrong, in one line.
-
-    """
+    """Return a validated model, or raise ``ValueError`` with the first errors in one line."""
     try:
         return kind.model_validate(dict(fields))
     except ValidationError as error:
-        errors = error.errors()[:MOST_ERRORS]
+        errors = error.errors()[:MAX_ERRORS]
         raise ValueError("; ".join(_describe(kind, dict(detail)) for detail in errors)) from None
 
 
 def shortened(value: Any, most: int = 60) -> str:
-    """Return how Python writes a value, cut to some characters."""
+    """Return a value's ``repr``, cut to ``most`` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
@@ -38,8 +33,8 @@ def _describe(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:
     place = ".".join(map(str, detail["loc"]))
     if detail["type"] == "extra_forbidden":
         close = difflib.get_close_matches(place, kind.model_fields, n=1)
-        known = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(kind.model_fields))}"
-        return f"{place} is no setting; {known}"
+        known = f"did you mean {close[0]}?" if close else f"known settings: {', '.join(sorted(kind.model_fields))}"
+        return f"unknown setting {place}; {known}"
     if detail["type"] == "missing":
         field = kind.model_fields.get(place)
         return f"{place} is missing" + (f": {field.description}" if field and field.description else "")

@@ -1,1 +1,1 @@
-
+"""A demo on one machine: train a small target and its heads, then compare engines."""

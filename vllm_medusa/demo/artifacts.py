@@ -1,4 +1,4 @@
-"""The demo's models, built once and kept in directories that are named after their settings."""
+"""The demo's models, built once and kept in directories named by a hash of their settings."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """All that the demo's models depend on.
+    """The settings of the demo's models.
 
     Attributes:
         characters: how much of the corpus the target is trained on.
         target: the target's sizes and training.
         heads: the heads' training.
-        own_texts: texts that the target writes for its heads to learn from.
-        own_text_length: tokens of each, with the prompt's.
-        held_out_texts: such texts, from held-out prompts, on which the heads' accuracies are measured.
-        padded: the sizes of the costly models.
+        own_texts: number of texts that the target writes for its heads to learn from.
+        own_text_length: tokens of each text, including the prompt.
+        held_out_texts: number of texts, from held-out prompts, on which the heads are evaluated.
+        padded: the sizes of the padded models.
 
     """
 
@@ -59,14 +59,13 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """The models of some settings, under one directory; each is built when it is asked for and not there yet."""
+    """The models of given settings in one directory; each is built when it is first needed."""
 
     directory: Path
     settings: DemoSettings
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The text to train on, and the text that is held out."""
         return load_corpus(self.settings.characters)
 
     @cached_property
@@ -84,7 +83,7 @@ class Artifacts:
 
     @cached_property
     def heads(self) -> Path:
-        """The heads, trained on text that the target wrote."""
+        """The heads, trained on the target's own text."""
         settings = self.settings
 
         def build(directory: Path) -> None:
@@ -127,7 +126,7 @@ class Artifacts:
         return torch.tensor(json.loads((self.heads / CONFIG_FILE).read_text())["medusa_accuracies"])
 
     def describe(self) -> str:
-        """Say which models are raced; figures from padded models must be told as such."""
+        """Describe the models; results of padded models must be labelled as such."""
         small, large = (_parameters(directory) / 1e6 for directory in (self.target, self.padded_target))
         return (
             f"a {small:.1f} M parameter Llama trained on the standard library's code, "
@@ -135,15 +134,13 @@ class Artifacts:
         )
 
     def load_target(self) -> LlamaForCausalLM:
-        """Load the target in fp32."""
         return LlamaForCausalLM.from_pretrained(self.target, dtype=torch.float32).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerFast:
-        """Load the target's tokenizer."""
         return PreTrainedTokenizerFast.from_pretrained(self.target)
 
     def prompts(self, count: int, length: int = 64) -> list[list[int]]:
-        """Cut prompts out of files that no training saw."""
+        """Cut prompts out of held-out files."""
         return cut_prompts(encode_documents(self.load_tokenizer(), self.corpus.held_out), [length], count)
 
     def _own_texts(self, texts: tuple[str, ...], count: int) -> torch.Tensor:
@@ -154,7 +151,7 @@ class Artifacts:
         return torch.tensor([sample.input_ids for sample in samples])
 
     def _built(self, kind: str, key: Any, build: Callable[[Path], None]) -> Path:
-        """Return a directory's path, built if it is not there; the corpus, and so all, follows Python's version."""
+        """Return a model's directory, built if missing; its hash includes Python's version, which sets the corpus."""
         content = json.dumps([key, sys.version_info[:3]], sort_keys=True)
         directory = self.directory / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         if not directory.exists():

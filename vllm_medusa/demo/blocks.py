@@ -1,4 +1,4 @@
-"""Token ids in blocks of one length, and batches of them."""
+"""Pack token ids into blocks of one length, and batch the blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 def pack_blocks(documents: Iterable[Sequence[int]], length: int) -> torch.Tensor:
-    """Put documents one after another and cut the result into blocks.
+    """Concatenate documents and cut the result into blocks; the rest is dropped.
 
     Args:
-        documents: each document's token ids, its first and last special tokens included.
-        length: tokens per block; what is left over at the end is dropped.
+        documents: each document's token ids, including special tokens.
+        length: tokens per block.
 
     Returns:
         ``[blocks, length]``, int64.
@@ -30,17 +30,7 @@ def pack_blocks(documents: Iterable[Sequence[int]], length: int) -> torch.Tensor
 
 
 def shuffled_batches(blocks: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches for ever, every block once per pass, in a new order each pass.
-
-    Args:
-        blocks: ``[blocks, length]``.
-        batch_size: blocks per batch; a pass's last batch may be smaller.
-        seed: what the order depends on.
-
-    Yields:
-        ``[batch, length]``.
-
-    """
+    """Yield batches ``[batch, length]`` of ``[blocks, length]`` for ever, each epoch in a new random order."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(blocks), generator=generator).split(batch_size):

@@ -1,4 +1,4 @@
-"""Stock vLLM and draft trees, side by side: which engines are compared, and how they take turns."""
+"""Compare stock vLLM and draft trees: the engines, and how they take turns."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE = "plain", "native_chain", "tree", "tree_wi
 
 @dataclass(frozen=True)
 class Models:
-    """The directories of a target and its heads."""
-
     target: Path
     heads: Path
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and on what.
+    """What every contender decodes, and with which models and options.
 
     Attributes:
         small: the models of the exact runs, in fp32.
         large: the models of the timed runs.
-        dtype: of the timed runs.
-        num_heads: heads of both.
-        trees: the options that choose the drafts of ``tree`` and ``tree_wide``.
-        exact: what every contender decodes for the exact comparison.
-        rounds: what every contender decodes for time, one prompt a round.
+        dtype: the dtype of the timed runs.
+        num_heads: number of heads of both.
+        trees: the speculative options of ``tree`` and ``tree_wide``.
+        exact: the prompts of the exact run.
+        rounds: the prompts of the timed runs, one per round.
         threads: threads of each engine; only one engine works at a time.
 
     """
@@ -53,7 +51,6 @@ class Comparison:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     def speculative_config(self, name: str, heads: Path) -> dict[str, Any] | None:
-        """Return a contender's ``speculative_config``."""
         if name == PLAIN:
             return None
         if name == NATIVE_CHAIN:
@@ -61,7 +58,7 @@ class Comparison:
         return {"method": "medusa", "model": str(heads), **self.trees[name]}
 
     def start(self, name: str, directory: Path) -> Contender:
-        """Start a contender's process, its log in ``directory``; stock contenders leave the plugin out."""
+        """Start a contender's process with its log in ``directory``; stock vLLM runs without the plugin."""
         exact, timed = (
             Engine(str(models.target), dtype, self.speculative_config(name, models.heads))
             for models, dtype in ((self.small, "float32"), (self.large, self.dtype))
@@ -73,28 +70,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """All that one contender did.
-
-    Attributes:
-        exact: the exact run.
-        rounds: the timed runs.
-
-    """
+    """One contender's exact run and timed runs."""
 
     exact: Decoded
     rounds: list[Decoded]
 
 
 def compare(comparison: Comparison, names: Sequence[str], directory: Path, console: Console) -> dict[str, Run]:
-    """Let contenders take turns.
-
-    Args:
-        comparison: what they do.
-        names: the contenders.
-        directory: where their logs go.
-        console: where progress is shown.
-
-    """
+    """Run the named contenders, which take turns; their logs go into ``directory``."""
     share_environment()
     with ExitStack() as stack:
         contenders = [stack.enter_context(comparison.start(name, directory)) for name in names]
@@ -111,6 +94,6 @@ def compare(comparison: Comparison, names: Sequence[str], directory: Path, conso
 
 
 def fastest_dtype() -> str:
-    """Return bf16 where the CPU multiplies it, else fp32: without such instructions rows cost several times as much."""
+    """Return bf16 if the CPU has instructions for it, else fp32: emulated bf16 makes rows several times as costly."""
     capabilities = torch.cpu.get_capabilities()
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("bf16") else "float32"

@@ -1,6 +1,6 @@
-"""Text that every machine has: the code of Python's standard library.
+"""A corpus that every machine has: the code of Python's standard library.
 
-Comments and docstrings are left out: in a few minutes a small model learns how code goes on, but not how prose does.
+Comments and docstrings are removed: in a few minutes a small model learns to predict code, but not prose.
 """
 
 from __future__ import annotations
@@ -14,31 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
-"""Directories that are not the library itself, that hold tables, or that some distributions leave out."""
+"""Directories of other packages, of tables, or of files that some distributions lack."""
 
 HELD_OUT_SHARE = 20
-"""One file in so many is kept out of training."""
+"""One file in so many is held out."""
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts to train on, and texts that no training sees; the same for the same version of Python."""
+    """Texts to train on, and held-out texts; they depend only on Python's version."""
 
     training: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
 def load_corpus(characters: int, held_out_characters: int = 200_000) -> Corpus:
-    """Read the standard library's code.
+    """Read files until both parts of the corpus have at least so many characters.
 
-    The order of the files, and which are held out, follow from a checksum of their names: mixed, but always the same.
-
-    Args:
-        characters: training files are taken until they hold so many characters.
-        held_out_characters: and held-out ones until they hold so many.
-
+    Checksums of the files' names determine their order and which are held out: mixed, but always the same.
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths = (path.relative_to(root) for path in root.rglob("*.py"))
@@ -49,14 +44,9 @@ def load_corpus(characters: int, held_out_characters: int = 200_000) -> Corpus:
 
 
 def strip_prose(source: str) -> str:
-    """Return a module's code without comments and docstrings.
-
-    Raises:
-        SyntaxError: it is not Python.
-
-    """
+    """Return a module's code without comments and docstrings."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The library's own odd escapes are not this program's.
+        warnings.simplefilter("ignore")  # Some library modules have invalid escape sequences.
         tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
@@ -78,7 +68,7 @@ def _read(paths: Iterable[Path], characters: int) -> tuple[str, ...]:
 def _modules(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         source = path.read_text(encoding="utf-8", errors="ignore")
-        if "def " in source:  # The others are tables.
+        if "def " in source:  # Modules without functions are tables.
             yield strip_prose(source)
 
 
@@ -87,5 +77,5 @@ def _is_held_out(name: str) -> bool:
 
 
 def _mixed(name: str) -> tuple[int, str]:
-    # Another checksum than the one that says whether a file is held out.
+    # The checksum must differ from that of _is_held_out.
     return zlib.adler32(name.encode()) % 9973, name

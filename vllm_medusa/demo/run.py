@@ -1,4 +1,4 @@
-"""The demo from start to end."""
+"""The demo: build the models, compare the contenders, report."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from vllm_medusa.demo.report import draw, print_table, summarise, write_results
 from vllm_medusa.tree.static import best_first
 
 DYNAMIC = {"medusa_tree": "dynamic", "num_speculative_tokens": 6}
-"""Rows cost compute on a CPU: this tree is small, chosen anew every step, and leaves out what the heads doubt."""
+"""A small tree of each step's most probable nodes, since on a CPU every row costs compute."""
 
 WIDE_NODES = 31
-"""Nodes of the tree that shows what trees are worth where rows are nearly free."""
+"""Nodes of the tree that shows the tokens per step that are possible where rows are nearly free."""
 
 EXACT_PROMPTS = 32
 TOKENS = 64
 
 
 def run_demo(directory: Path, rounds: int) -> None:
-    """Train what is not there yet, compare, report."""
-    disable_progress_bar()  # Those of loading and saving would cut through ours.
+    disable_progress_bar()  # The bars of loading and saving would interrupt ours.
     console = Console()
     artifacts = Artifacts(directory, DemoSettings())
     small = Models(artifacts.target, artifacts.heads)

@@ -1,4 +1,4 @@
-"""A small Llama, trained on the spot."""
+"""Train the demo's target, a small Llama."""
 
 from __future__ import annotations
 
@@ -18,24 +18,14 @@ from vllm_medusa.training.schedule import linear_with_warmup
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """The sizes of a small Llama and how it is trained.
+    """The sizes and training settings of a small Llama.
 
     Attributes:
-        vocab_size: tokens of its tokenizer.
-        hidden_size: width.
-        intermediate_size: width of its feed-forward layers.
-        num_layers: decoder layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads.
-        head_dim: width of a head; vLLM's CPU attention knows 32, 64 and 128 among others.
-        max_position_embeddings: the longest sequence it may be used for.
+        head_dim: vLLM's CPU attention supports 32, 64 and 128, among others.
         block_length: tokens per training sequence.
-        batch_size: sequences per step.
-        steps: optimizer steps.
-        warmup_steps: steps over which the learning rates rise.
         learning_rate: AdamW's, for embeddings, LM head and norms.
         matrix_learning_rate: Muon's, for all other weights.
-        seed: of weights and order.
+        seed: random seed of weights and data order.
 
     """
 
@@ -56,7 +46,6 @@ class TargetConfig:
     seed: int = 0
 
     def build(self) -> LlamaForCausalLM:
-        """Return the untrained model."""
         torch.manual_seed(self.seed)
         return LlamaForCausalLM(
             LlamaConfig(
@@ -76,14 +65,7 @@ class TargetConfig:
 
 
 def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool = True) -> LlamaForCausalLM:
-    """Train a small Llama from scratch.
-
-    Args:
-        config: sizes and settings.
-        blocks: ``[blocks, block_length]``, int64: the token ids to train on.
-        show_progress: whether to draw a progress bar.
-
-    """
+    """Train a small Llama from scratch on ``[blocks, block_length]`` token ids."""
     model = config.build()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
@@ -108,11 +90,3 @@ def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool
                 schedule.step()
             report(loss.item())
     return model.eval()
-
-
-@torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, blocks: torch.Tensor, batch_size: int = 16) -> float:
-    """Return the mean cross-entropy on ``[blocks, length]`` that the model was not trained on."""
-    batches = blocks.split(batch_size)
-    losses = [model(input_ids=tokens, labels=tokens, use_cache=False).loss.item() * len(tokens) for tokens in batches]
-    return sum(losses) / len(blocks)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on the spot."""
+"""Train the demo's tokenizer, a byte-level BPE, and cut prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BOS_ID, EOS_ID = 0, 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer that puts ``<s>`` before each text, and that ``AutoTokenizer`` loads once it is saved."""
+    """Train a tokenizer that puts ``<s>`` before each text; once saved, ``AutoTokenizer`` can load it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,19 +34,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
 
 
 def cut_prompts(documents: Sequence[Sequence[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Cut prompts out of documents, spread evenly over all of them, none overlapping another.
-
-    Args:
-        documents: token ids.
-        lengths: the prompts' lengths, taken in turn.
-        count: how many prompts.
-
-    Raises:
-        ValueError: the documents are too short for so many prompts.
-
-    """
+    """Cut ``count`` prompts out of documents, evenly spaced and without overlap; their lengths repeat ``lengths``."""
     ids = [token for document in documents for token in document]
     stride = len(ids) // count
     if stride < max(lengths):
-        raise ValueError(f"{len(ids)} tokens do not hold {count} prompts of up to {max(lengths)}")
+        raise ValueError(f"{len(ids)} tokens do not hold {count} prompts of up to {max(lengths)} tokens")
     return [ids[index * stride : index * stride + lengths[index % len(lengths)]] for index in range(count)]

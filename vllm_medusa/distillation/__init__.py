@@ -1,1 +1,1 @@
-"""Self-distillation: the target writes the training set of its heads."""
+"""Self-distillation: the target writes the training set for its heads."""

@@ -1,4 +1,4 @@
-"""Text that a target writes after prompts of any lengths, on the very tokens."""
+"""Let a target of ``transformers`` continue prompts, given and returned as token ids."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.progress import track
 
-from vllm_medusa.data.packing import Sample
-from vllm_medusa.training.losses import IGNORED
+from vllm_medusa.data.packing import IGNORED, Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,24 +23,24 @@ def continue_prompts(
     show_progress: bool = True,
     min_new_tokens: int = 0,
 ) -> list[Sample]:
-    """Let a target continue prompts greedily, up to and including its end-of-sequence token.
+    """Continue prompts greedily, up to and including the end-of-sequence token.
 
     Args:
         target: a causal language model of ``transformers``.
-        prompts: token ids, at least one each.
-        new_tokens: most tokens that it writes after each.
-        batch_size: prompts at a time.
+        prompts: token ids, at least one per prompt.
+        new_tokens: the longest continuation.
+        batch_size: prompts per batch.
         show_progress: whether to draw a progress bar.
-        min_new_tokens: tokens before which the end-of-sequence token is not chosen.
+        min_new_tokens: the end-of-sequence token cannot be chosen before so many tokens.
 
     Returns:
-        Each prompt with its continuation, which alone has labels.
+        Each prompt with its continuation, which has labels; the prompt has none.
 
     """
     samples: dict[int, Sample] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    for batch in track(batches, "Target's own text", disable=not show_progress):
+    for batch in track(batches, "Target's text", disable=not show_progress):
         written = _continue_batch(target, [prompts[index] for index in batch], new_tokens, min_new_tokens)
         samples |= zip(batch, written, strict=True)
     return [samples[index] for index in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Self-distillation's dialogues: the target answers every turn of the user, on top of its own former answers."""
+"""Dialogues of self-distillation: the target answers each turn of the user, with its own earlier answers in context."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.data.record_files import BadLineCounter, Source
 from vllm_medusa.data.records import Completion, Conversation, Message, Role, TurnTokens
-from vllm_medusa.data.seeds import Seed
 
 
 class PromptStyle(StrEnum):
-    """How a prompt reaches the target: in its chat template, to be answered, or as it is, to be continued."""
+    """Answer prompts in the chat template, or continue them as plain text."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -24,14 +24,7 @@ class PromptStyle(StrEnum):
 
 @dataclass(frozen=True)
 class TurnSampling:
-    """How the target chooses the tokens of one answer.
-
-    Attributes:
-        temperature: 0 is greedy.
-        max_tokens: of the answer.
-        seed: what the random numbers follow from, 31 bits; nothing else that runs has a part in them.
-
-    """
+    """The sampling parameters of one answer; ``seed`` has 31 bits."""
 
     temperature: float
     max_tokens: int
@@ -40,12 +33,12 @@ class TurnSampling:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the target chooses tokens.
+    """The sampling parameters of all dialogues.
 
     Attributes:
-        temperatures: each dialogue gets one of them.
-        max_tokens: tokens of an answer at most.
-        seed: what everything random follows from, which temperature a dialogue gets included.
+        temperatures: each dialogue gets one of them at random.
+        max_tokens: the longest answer.
+        seed: determines each dialogue's temperature and the seed of each of its answers.
 
     """
 
@@ -54,7 +47,7 @@ class Sampling:
     seed: int
 
     def of_turn(self, dialogue: int, turn: int) -> TurnSampling:
-        """Return what holds for one answer, given the numbers of its dialogue and its turn, counted from 0."""
+        """Return the parameters of one answer; dialogues and turns are counted from 0."""
         temperature = self.temperatures[self._draw(f"{dialogue}") % len(self.temperatures)]
         return TurnSampling(temperature, self.max_tokens, self._draw(f"{dialogue}/{turn}"))
 
@@ -65,12 +58,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the target says.
+    """One answer of the target.
 
     Attributes:
         text: without special tokens.
-        num_tokens: tokens emitted.
-        tokens: all tokens of the turn; None where a server does not tell them.
+        num_tokens: number of tokens emitted.
+        tokens: the token ids; None if the server does not return them.
 
     """
 
@@ -80,22 +73,22 @@ class Answer:
 
 
 class Dialogue:
-    """Puts one turn of the user after the other to the target.
+    """Asks the target the user's messages one after another.
 
-    It is over when the user has said everything, when the target answers with nothing, or when the target refuses what
-    there is to answer. A turn without an answer leaves no trace.
+    A dialogue ends when all messages are answered, when an answer is empty, or when the target refuses the messages.
+    The record leaves out a message without an answer.
 
     Args:
-        source: where the seed stands.
-        number: of the dialogue, counted from 0.
-        seed: what the user says; where prompts are to be continued, the first turn alone.
-        style: how prompts reach the target.
-        sampling: how the target chooses tokens.
-        bad_lines: is told if the target does not take even the first turn.
+        source: where the prompt was read.
+        number: the dialogue's number, counted from 0.
+        prompt: the messages; with ``PromptStyle.COMPLETION`` only the user's first is used.
+        style: how the target is asked.
+        sampling: the sampling parameters.
+        bad_lines: is told if the target refuses the first message.
 
     Attributes:
-        messages: what the target is to answer.
-        is_open: whether there is anything to answer.
+        messages: the messages so far; the target answers the last one.
+        is_open: whether a message waits for an answer.
 
     """
 
@@ -103,7 +96,7 @@ class Dialogue:
         self,
         source: Source,
         number: int,
-        seed: Seed,
+        prompt: Prompt,
         style: PromptStyle,
         sampling: Sampling,
         bad_lines: BadLineCounter,
@@ -115,42 +108,36 @@ class Dialogue:
         self._bad_lines = bad_lines
         self._number = number
         self._sampling = sampling
-        self._unsaid = deque(seed.prompts if style is PromptStyle.CHAT else [seed.first_prompt])
+        self._pending = deque(prompt.without_answers if style is PromptStyle.CHAT else [prompt.first_user_message])
         self._answers: list[Answer] = []
-        self._prompt()
+        self._ask_next()
 
     @property
     def turn_sampling(self) -> TurnSampling:
-        """How the target is to choose the next answer's tokens."""
+        """The sampling parameters of the next answer."""
         return self._sampling.of_turn(self._number, len(self._answers))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all answers."""
         return sum(answer.num_tokens for answer in self._answers)
 
-    def hear(self, answer: Answer) -> None:
-        """Take the target's answer, and go on to the user's next turn."""
+    def add_answer(self, answer: Answer) -> None:
+        """Record an answer and go on to the user's next message."""
         if not answer.text.strip():
             self.is_open = False
             return
         self._answers.append(answer)
         self.messages.append(Message(role=Role.ASSISTANT, content=answer.text))
-        self._prompt()
+        self._ask_next()
 
     def refuse(self, reason: str) -> None:
-        """End it: the messages are too long for the target, or its chat template refuses them.
-
-        Raises:
-            BadLineError: nothing was answered, and bad lines are refused.
-
-        """
+        """End the dialogue, for example because its messages are too long; without any answer it is a bad line."""
         self.is_open = False
         if not self._answers:
             self._bad_lines.add(self.source, reason)
 
     def record(self) -> Conversation | Completion | None:
-        """Return what was said, with the target's tokens if all are known; None if nothing was answered."""
+        """Return the dialogue, with token ids if all are known; None if there was no answer."""
         if not self._answers:
             return None
         known = [answer.tokens for answer in self._answers if answer.tokens is not None]
@@ -160,16 +147,16 @@ class Dialogue:
         last = max(index for index, message in enumerate(self.messages) if message.role is Role.ASSISTANT)
         return Conversation(messages=tuple(self.messages[: last + 1]), tokens=tokens)
 
-    def _prompt(self) -> None:
-        while self._unsaid:
-            self.messages.append(self._unsaid.popleft())
+    def _ask_next(self) -> None:
+        while self._pending:
+            self.messages.append(self._pending.popleft())
             if self.messages[-1].role is Role.USER:
                 return
         self.is_open = False
 
 
 OnAnswer = Callable[[Dialogue, Answer], None]
-"""Is told of every answer once its dialogue has heard it."""
+"""Called with each answer after it was added to its dialogue."""
 
 
 class Target(Protocol):
@@ -177,22 +164,16 @@ class Target(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What, with the dialogues, its answers follow from; JSON."""
+        """The settings on which its answers depend, as JSON; the manifest keeps them."""
 
     def running(self) -> AbstractContextManager[None]:
-        """Be ready for dialogues within this context.
+        """Load or connect to the model for the time of this context.
 
         Raises:
-            ValueError: the model or a setting is no good.
+            ValueError: the model or a setting is wrong.
             OSError: the model cannot be reached.
 
         """
 
     def converse(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
-        """Answer until no dialogue is open any more.
-
-        Raises:
-            ValueError: a setting or a prompt is no good.
-            OSError: the model cannot be reached.
-
-        """
+        """Answer until no dialogue is open; raises as ``running``."""

@@ -1,4 +1,4 @@
-"""The manifest of a generated training set: what it follows from, and, once it is finished, what it holds."""
+"""The manifest of a generated training set: its settings and inputs and, once it is finished, its contents."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MANIFEST_FILE = "manifest.json"
 
 
 class Counts(BaseModel):
-    """What a finished set holds.
+    """The size of a finished set.
 
     Attributes:
-        prompts: good lines of the input files.
-        records: lines of the shards; less than the prompts where the target answered nothing, or refused a prompt.
+        prompts: valid lines of the input files.
+        records: lines of the shards; prompts that got no answer have none.
         tokens: tokens of all answers.
 
     """
@@ -33,16 +33,16 @@ class Counts(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What stands in ``manifest.json``.
+    """The content of ``manifest.json``.
 
     Attributes:
-        settings: what, with the inputs, every line follows from.
+        settings: the settings on which the shards depend.
         inputs: the input files' names and SHA-256 checksums, in order.
-        command: the command that began it.
-        versions: of the packages, when it was begun.
-        finished: whether all shards are there.
-        counts: what they hold, once they are.
-        shards: their names and SHA-256 checksums, once they are.
+        command: the command that started the run.
+        versions: the package versions at the start.
+        finished: whether all shards are written.
+        counts: the set's size, once it is finished.
+        shards: the shards' names and SHA-256 checksums, once the set is finished.
 
     """
 
@@ -57,9 +57,8 @@ class Manifest(BaseModel):
 
     @classmethod
     def of_run(cls, settings: Mapping[str, Any], files: Sequence[Path], command: Sequence[str]) -> Manifest:
-        """Describe a run that begins now."""
         return cls(
-            settings=json.loads(json.dumps(settings)),  # As it will be read again: lists for tuples.
+            settings=json.loads(json.dumps(settings)),  # Tuples become lists, as in a manifest that was read.
             inputs=tuple((file.name, sha256_of(file)) for file in files),
             command=tuple(command),
             versions=installed_versions(),
@@ -67,13 +66,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read a directory's manifest.
-
-        Raises:
-            ValueError: it is not one.
-            OSError: there is none.
-
-        """
+        """Read a directory's manifest; raises ``ValueError`` if it is invalid, ``OSError`` if there is none."""
         path = directory / MANIFEST_FILE
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -81,18 +74,17 @@ class Manifest(BaseModel):
             raise ValueError(f"{path} is no manifest of a training set: {str(error).splitlines()[0]}") from None
 
     def write(self, directory: Path) -> None:
-        """Write or replace a directory's manifest."""
         with replaced_file(directory / MANIFEST_FILE) as stream:
             stream.write(self.model_dump_json(indent=2) + "\n")
 
     def begin_in(self, directory: Path) -> Manifest:
-        """Begin a run in a directory, or go on with the one that was begun there.
+        """Start a run in a directory, or resume the one that was started there.
 
         Returns:
-            The manifest of the run that was begun there; this one if there was none.
+            The manifest of the resumed run, or this one.
 
         Raises:
-            ValueError: the directory holds a run that differs, or other files.
+            ValueError: the directory holds a run with other settings or inputs, or other files.
             OSError: the directory cannot be written.
 
         """
@@ -112,7 +104,7 @@ class Manifest(BaseModel):
             if there != here:
                 raise ValueError(
                     f"{directory} was begun with {name} {json.dumps(there)}, now it is {json.dumps(here)}; "
-                    "give what it was begun with, or another directory"
+                    f"give the former {name}, or another directory"
                 )
         if begun.inputs != self.inputs:
             there, here = (
@@ -125,6 +117,5 @@ class Manifest(BaseModel):
 
 
 def sha256_of(path: Path) -> str:
-    """Return a file's checksum in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

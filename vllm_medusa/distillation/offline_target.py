@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 
 
 class OfflineTarget:
-    """Answers with vLLM.
-
-    Args:
-        model: a directory or a repository.
-        tokenizer: the model's.
-        engine_args: further options of ``vllm.LLM``, which checks them.
-
-    """
+    """A ``Target`` that answers with ``vllm.LLM(model, **engine_args)``."""
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, engine_args: Mapping[str, Any]) -> None:
         self._model = model
@@ -34,19 +27,11 @@ class OfflineTarget:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See ``Target``."""
         return {"engine": "offline", "engine_args": dict(self._engine_args)}
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Load the model (see ``Target``).
-
-        Raises:
-            ValueError: vLLM refuses an option.
-
-        """
-        # With the scheduler in this process, which requests share a step, and so their rounding, has nothing to do with
-        # how fast processes are.
+        # Requests that share a step affect each other's rounding. Without another process, timing does not group them.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
@@ -61,18 +46,14 @@ class OfflineTarget:
             del self._llm
 
     def converse(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
-        """Answer all dialogues at once, each turn as soon as the one before it is over (see ``Target``).
-
-        What is said does not depend on what was said in former calls.
-        """
-        self._llm.reset_prefix_cache()  # A prompt found there would change which requests share a step.
+        self._llm.reset_prefix_cache()  # Cached prompts would change which requests share a step.
         for number, dialogue in enumerate(dialogues):
             self._submit(number, dialogue)
         engine = self._llm.llm_engine
         while engine.has_unfinished_requests():
             for output in engine.step():
                 number, answer = int(output.request_id), _answer(output)
-                dialogues[number].hear(answer)
+                dialogues[number].add_answer(answer)
                 on_answer(dialogues[number], answer)
                 self._submit(number, dialogues[number])
 
@@ -93,7 +74,7 @@ class OfflineTarget:
         return self._tokenizer(dialogue.messages[-1].content)["input_ids"]
 
     def _params(self, dialogue: Dialogue) -> SamplingParams:
-        """Return what ``vllm serve`` would sample by: the model's own generation config, and what was asked for."""
+        """Return the model's generation config, overridden by the dialogue's parameters, as ``vllm serve`` does."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

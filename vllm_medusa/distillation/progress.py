@@ -1,4 +1,4 @@
-"""The progress bar of a target that answers prompts."""
+"""The progress bar of self-distillation."""
 
 from __future__ import annotations
 
@@ -23,35 +23,32 @@ if TYPE_CHECKING:
 
 
 class TokenRateColumn(TextColumn):
-    """Tokens that were emitted, per second since the first dialogue began."""
+    """Emitted tokens per second since the start; empty before the first answer."""
 
     def render(self, task: Task) -> Text:
-        """Say so; nothing before the first answer."""
         tokens, elapsed = task.fields["tokens"], task.elapsed
         return Text(f"{tokens / elapsed:.0f} tokens/s" if tokens and elapsed else "")
 
 
 class GenerationProgress:
-    """Tells the progress bar what is done."""
-
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
         self._tokens = 0
 
     def answered(self, dialogue: Dialogue, answer: Answer) -> None:
-        """Count an answer's tokens, and its dialogue if it is over."""
+        """Count an answer's tokens, and the dialogue if it has ended."""
         self._tokens += answer.num_tokens
         self._progress.update(self._task, advance=0 if dialogue.is_open else 1, tokens=self._tokens)
 
     def reach(self, prompts: int) -> None:
-        """Show that all of the first so many prompts are done, be it in an earlier run."""
+        """Show the first ``prompts`` prompts as done; an earlier run may have done them."""
         self._progress.update(self._task, completed=prompts)
 
 
 @contextmanager
 def generation_progress(title: str, prompts: int, visible: bool = True) -> Iterator[GenerationProgress]:
-    """Show a progress bar with the tokens per second while prompts are answered."""
+    """Show a progress bar of answered prompts with tokens per second."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

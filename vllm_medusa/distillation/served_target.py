@@ -1,4 +1,4 @@
-"""A target behind a server with OpenAI's interface, such as ``vllm serve``."""
+"""A target behind an OpenAI-compatible server, such as ``vllm serve``."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vllm_medusa.data.records import TurnTokens
 from vllm_medusa.distillation.dialogue import Answer, Dialogue, OnAnswer, PromptStyle
 
 RETRIES = 5
-"""How often a request is sent again when the server is busy or does not answer; the waits between double."""
+"""Retries of a request if the server is busy or does not answer, with exponential backoff."""
 
 
 @dataclass(frozen=True)
 class ServedTarget:
-    """Answers by asking a server, with the key in ``OPENAI_API_KEY`` if it is set.
+    """A ``Target`` that sends requests to a server, with the key in ``OPENAI_API_KEY`` if it is set.
 
     Attributes:
-        url: up to and with ``/v1``.
-        model: the model's name there.
-        concurrency: requests that wait for an answer at the same time.
+        url: the server's base URL, ending in ``/v1``.
+        model: the served model's name.
+        concurrency: how many dialogues run at the same time.
 
     """
 
@@ -35,18 +35,11 @@ class ServedTarget:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See ``Target``; the same model may be served at another address when a run goes on."""
-        return {"engine": "server"}
+        return {"engine": "server"}  # Without the URL, since a run may be resumed with another server.
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Ask the server once which models it has (see ``Target``).
-
-        Raises:
-            ConnectionError: the server does not answer.
-            ValueError: it does not have the model, or refuses the key.
-
-        """
+        """Check that the server has the model (see ``Target``)."""
         with self._explained_errors(), openai.OpenAI(base_url=self.url, api_key=_key(), max_retries=0) as client:
             models = [model.id for model in client.models.list()]
         if self.model not in models:
@@ -54,12 +47,6 @@ class ServedTarget:
         yield
 
     def converse(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
-        """Answer all dialogues, ``concurrency`` of them at a time (see ``Target``).
-
-        Raises:
-            ConnectionError: the server does not answer any more, or fails.
-
-        """
         with self._explained_errors():
             asyncio.run(self._converse_with_all(dialogues, on_answer))
 
@@ -78,11 +65,11 @@ class ServedTarget:
                 except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                     dialogue.refuse(f"the server refuses it: {_reason(error)}")
                 else:
-                    dialogue.hear(answer)
+                    dialogue.add_answer(answer)
                     on_answer(dialogue, answer)
 
     async def _ask(self, client: openai.AsyncOpenAI, dialogue: Dialogue) -> Answer:
-        """Ask for one answer, and for its tokens, which vLLM tells and others do not."""
+        """Request one answer and its token ids, which vLLM returns and other servers do not."""
         sampling = dialogue.turn_sampling
         options: dict[str, Any] = {
             "model": self.model,

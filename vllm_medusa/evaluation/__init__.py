@@ -1,1 +1,1 @@
-"""How often heads are right, and the trees that follow from it."""
+"""Measure the heads' accuracies and calibrate trees from them."""

@@ -1,4 +1,4 @@
-"""From heads' accuracies to their trees, and into their checkpoint, where serving finds both."""
+"""Grow trees from the heads' accuracies, and write both into the heads' checkpoint for serving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_medusa.checkpoint.format import CONFIG_FILE
-from vllm_medusa.files import replaced_file
+from vllm_medusa.files import write_json
 from vllm_medusa.tree.static import (
     MAX_NODES,
     StaticTree,
@@ -26,12 +26,11 @@ from vllm_medusa.tree.static import (
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The trees that accuracies give.
+    """The best trees for given accuracies.
 
     Attributes:
-        accuracies: ``[heads, ranks]``, float32, as serving reads them: the probability that a head's token of a rank is
-            the target's.
-        largest: the best tree of most nodes that was asked for; its prefixes are the best smaller ones.
+        accuracies: ``[heads, ranks]``, float32: the probability that a head's token of a rank is the target's.
+        largest: the largest tree; its prefixes are the best smaller trees.
 
     """
 
@@ -40,27 +39,17 @@ class Calibration:
 
     @classmethod
     def of(cls, accuracies: Sequence[Sequence[float]], nodes: int) -> Calibration:
-        """Grow the best tree of ``nodes`` nodes, or of as many as the accuracies give.
-
-        Raises:
-            ValueError: the accuracies are no matrix of probabilities.
-
-        """
+        """Grow the best tree of ``nodes`` nodes, or of fewer if the accuracies do not give so many."""
         table = torch.tensor(accuracies)
         available = min(MAX_NODES, available_nodes(*table.shape))
         return cls(table, best_first(table, min(nodes, available)))
 
     def tree(self, nodes: int) -> StaticTree:
-        """Return the best tree of ``nodes`` nodes.
-
-        Raises:
-            ValueError: the largest tree has fewer.
-
-        """
+        """Return the best tree of ``nodes`` nodes; raises ``ValueError`` if the largest tree has fewer."""
         if not 1 <= nodes < len(self.largest):
             raise ValueError(
-                f"nodes must be within 1..{len(self.largest) - 1}, what {len(self.accuracies)} heads of "
-                f"{self.accuracies.shape[1]} ranks give, got {nodes}"
+                f"nodes must be within 1..{len(self.largest) - 1} for {len(self.accuracies)} heads of "
+                f"{self.accuracies.shape[1]} ranks, got {nodes}"
             )
         return self.largest.prefix(nodes + 1)
 
@@ -71,21 +60,21 @@ class Calibration:
 
     @property
     def expected_length_of_chain(self) -> float:
-        """The expected acceptance length of the chain of all heads' most probable tokens."""
+        """The expected acceptance length of the chain, which has each head's most probable token."""
         return expected_acceptance_length(chain(len(self.accuracies)), self.accuracies)
 
 
 def write_calibration(directory: Path, calibration: Calibration, nodes: int | None) -> None:
-    """Put accuracies and tree into a heads' ``config.json``; a reader sees the old file or the new one.
+    """Write accuracies and tree into the heads' ``config.json``, atomically.
 
     Args:
-        directory: the heads' checkpoint; nothing else of it changes.
-        calibration: what goes into it.
-        nodes: the nodes of the tree that is served where the engine's options name none; None leaves the choice to
-            serving, which grows a tree of ``num_speculative_tokens`` nodes from the accuracies.
+        directory: the heads' checkpoint.
+        calibration: the accuracies and trees.
+        nodes: the size of the tree that is served by default. With None, vLLM grows a tree of
+            ``num_speculative_tokens`` nodes from the accuracies.
 
     Raises:
-        ValueError: there is no tree of so many nodes.
+        ValueError: there is no tree of this size.
         OSError: the file cannot be written.
 
     """
@@ -93,5 +82,4 @@ def write_calibration(directory: Path, calibration: Calibration, nodes: int | No
     path = directory / CONFIG_FILE
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config |= {"medusa_tree": tree, "medusa_accuracies": calibration.accuracies.tolist()}
-    with replaced_file(path) as stream:
-        stream.write(json.dumps(config, indent=2) + "\n")
+    write_json(path, config)

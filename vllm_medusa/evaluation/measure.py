@@ -1,4 +1,4 @@
-"""How often heads are right on text that their target writes, from which trees are grown (paper, section 2.3.3)."""
+"""Measure the heads' accuracies on the target's own text; trees are grown from them (paper, section 2.3.3)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from rich.progress import track
 
 from vllm_medusa.checkpoint.format import read_spec, read_state
 from vllm_medusa.checkpoint.target import check_sizes
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.training.accuracy import score_heads
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
-from vllm_medusa.training.losses import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The measured accuracies.
 
     Attributes:
-        accuracies: ``[heads][ranks]``: the share of positions whose token is the head's choice of exactly that rank.
-        positions: ``[heads]``: how many positions that is.
+        accuracies: ``[heads][ranks]``: the share of positions whose label is the head's token of exactly that rank.
+        positions: ``[heads]``: the number of positions that have a label.
 
     """
 
@@ -37,25 +36,25 @@ class Evaluation:
 
     @property
     def top_k(self) -> list[list[float]]:
-        """``[heads][ranks]``: the share of positions whose token is among the head's first 1, 2, ... choices."""
+        """``[heads][ranks]``: the share of positions whose label is among the head's top 1, 2, ... tokens."""
         return torch.tensor(self.accuracies, dtype=torch.float64).cumsum(dim=1).tolist()
 
 
-def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel) -> MedusaHeads:
-    """Load a served checkpoint next to its target's LM head, in its dtype, as an engine does.
+def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel) -> TrainableHeads:
+    """Load heads in the layout that vLLM serves, in the dtype and on the device of the target's LM head.
 
     Raises:
-        ValueError: the heads are not of the target's sizes, or no served heads.
+        ValueError: the heads do not fit the target, or their layout is another.
         OSError: a file is missing.
 
     """
     try:
         spec = read_spec(directory)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}; bring published heads into it with vllm-medusa convert") from None
+        raise ValueError(f"{directory}: {error}; convert published heads with vllm-medusa convert") from None
     check_sizes(spec, target_directory)
     with torch.device("meta"):
-        heads = MedusaHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size))
+        heads = TrainableHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size))
     heads.load_state_dict(read_state(directory), assign=True)
     weight = lm_head_of(target).get_parameter("weight")
     return heads.to(weight.device, weight.dtype)
@@ -64,24 +63,24 @@ def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel)
 @torch.no_grad()
 def evaluate_heads(
     target: PreTrainedModel,
-    heads: MedusaHeads,
+    heads: TrainableHeads,
     samples: Sequence[Sample],
     ranks: int = 10,
     batch_size: int = 8,
     show_progress: bool = True,
 ) -> Evaluation:
-    """Measure heads on texts, each of which stands alone: no text sees another.
+    """Measure heads on texts; no text attends to another.
 
     Args:
         target: a causal language model of ``transformers``.
         heads: its heads.
         samples: texts, with labels on the tokens that the target wrote.
-        ranks: how many of each head's most likely tokens are looked at.
-        batch_size: texts at a time.
+        ranks: how many of each head's most probable tokens are counted.
+        batch_size: texts per batch.
         show_progress: whether to draw a progress bar.
 
     Raises:
-        ValueError: the texts are so short that a head has no token to foretell.
+        ValueError: all texts are too short for a head.
 
     """
     hits = torch.zeros(heads.spec.num_heads, ranks, dtype=torch.int64)
@@ -95,16 +94,16 @@ def evaluate_heads(
     if not positions.all():
         head = int((positions == 0).nonzero()[0]) + 1
         raise ValueError(
-            f"head {head} has nothing to foretell in {len(samples)} texts: it looks {head + 1} tokens ahead, and none "
-            "is so long; give longer ones"
+            f"head {head} has nothing to predict in {len(samples)} texts: it predicts {head + 1} tokens ahead; "
+            "give longer texts"
         )
     return Evaluation((hits / positions[:, None]).tolist(), positions.tolist())
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield tokens and labels, ``[batch, length]``, int64, texts of like length together.
+    """Yield tokens and labels, ``[batch, length]``, int64, of texts of similar length.
 
-    Padding at a row's end is seen by no token before it, and has no labels.
+    Padding is at the end of a row: no token attends to it, and it has no labels.
     """
     by_length = sorted(samples, key=len)
     for start in range(0, len(by_length), batch_size):

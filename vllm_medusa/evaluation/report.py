@@ -1,8 +1,7 @@
-"""An evaluation as a table, a file of numbers, and a picture."""
+"""Show an evaluation as tables, a JSON file, and a plot."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from rich.table import Table
 
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import Evaluation
-from vllm_medusa.files import replaced_file
+from vllm_medusa.files import replaced_file, write_json
 
 SHOWN_RANKS = (1, 2, 3, 5, 10)
-"""Columns of the table of accuracies."""
+"""The ranks in the table of accuracies."""
 
 TREE_SIZES = (4, 8, 16, 32, 64)
-"""Nodes of the trees that are shown."""
+"""The numbers of nodes of the shown trees."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class _TreeRow:
 
 
 def print_tables(evaluation: Evaluation, calibration: Calibration, console: Console) -> None:
-    """Print how often each head is right, and what a step emits with the chain and with the best trees."""
+    """Print each head's accuracies, and the expected tokens per step with the chain and with the best trees."""
     ranks = [rank for rank in SHOWN_RANKS if rank <= len(evaluation.accuracies[0])]
     accuracies = Table(title="Right token among a head's first")
     for column in ("head", *map(str, ranks), "positions"):
@@ -48,7 +47,7 @@ def print_tables(evaluation: Evaluation, calibration: Calibration, console: Cons
 
 
 def write_results(path: Path, evaluation: Evaluation, calibration: Calibration, details: Mapping[str, Any]) -> None:
-    """Write the numbers as JSON: ``medusa_accuracies`` as serving takes them, and what was evaluated on what."""
+    """Write the results as JSON, with ``medusa_accuracies`` as in the heads' ``config.json``, and ``details``."""
     results = {
         **details,
         "positions": evaluation.positions,
@@ -56,12 +55,11 @@ def write_results(path: Path, evaluation: Evaluation, calibration: Calibration, 
         "medusa_accuracies": evaluation.accuracies,
         "expected_acceptance_length": list(map(asdict, _trees(calibration))),
     }
-    with replaced_file(path) as stream:
-        stream.write(json.dumps(results, indent=2) + "\n")
+    write_json(path, results)
 
 
 def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
-    """Draw accuracy by head and rank, and the expected acceptance length by nodes."""
+    """Plot accuracy by head and rank, and the expected acceptance length by nodes."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -88,13 +86,9 @@ def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
     right.legend()
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, dpi=150, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        pyplot.close(figure)
+    with replaced_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=150, format="png")
+    pyplot.close(figure)
 
 
 def _trees(calibration: Calibration) -> Iterator[_TreeRow]:

@@ -1,4 +1,4 @@
-"""The held-out text on which heads are measured: what the target writes after prompts, or has written already."""
+"""The held-out text on which heads are measured: the target's continuations of prompts, or given records."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from vllm_medusa.data.chat import encode_prompt
 from vllm_medusa.data.dataset import read_samples
 from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
-from vllm_medusa.data.seeds import Seed, read_seeds
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.distillation.dialogue import PromptStyle
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the text comes from: prompts or data, one of the two.
+    """Where the text comes from: either prompts or data.
 
     Attributes:
-        prompts: files of prompts, or of conversations, whose first question counts.
-        data: files of records, whose labelled tokens are taken for what the target writes.
-        style: how prompts reach the target; None is its chat template if it has one.
-        bad_lines: what is done about a line that is no good.
-        new_tokens: most tokens that the target writes after a prompt.
-        max_length: tokens of a text, the prompt's included; prompts that leave no room for ``new_tokens`` are no good,
-            data is cut. The target's own limit goes before it.
+        prompts: files of prompts, or of conversations, of which only the user's first message is answered.
+        data: files of records that the target wrote.
+        style: how the target is asked; by default in its chat template if it has one.
+        bad_lines: whether bad lines are refused or skipped.
+        new_tokens: the longest continuation of a prompt.
+        max_length: the longest text, including the prompt; the target's own limit also holds. Longer data is cut.
+            A prompt that leaves no room for ``new_tokens`` is a bad line.
 
     Raises:
-        ValueError: there are both or neither, or there is no room for a prompt.
+        ValueError: both or neither are given, or there is no room for a prompt.
 
     """
 
@@ -46,7 +46,7 @@ class Sources:
 
     def __post_init__(self) -> None:
         if bool(self.prompts) == bool(self.data):
-            raise ValueError("give either --prompts, after which the target writes, or --data that it has written")
+            raise ValueError("give either --prompts, which the target continues, or --data that it has written")
         if self.prompts and self.new_tokens >= self.max_length:
             raise ValueError(f"new_tokens must be less than max_length ({self.max_length}), got {self.new_tokens}")
 
@@ -57,7 +57,7 @@ def held_out_samples(
     """Read the text, or let the target write it.
 
     Raises:
-        ValueError: a line is no good and bad lines are refused, no line is good, or the chat template is missing.
+        ValueError: a line is bad and bad lines are refused, all lines are bad, or the chat template is missing.
         OSError: a file cannot be read.
 
     """
@@ -76,7 +76,7 @@ def held_out_samples(
     bad_lines.report()
     if not samples:
         files = ", ".join(map(str, sources.prompts or sources.data))
-        raise ValueError(f"no good line in {files}" + (f": {bad_lines.first}" if bad_lines.first else ""))
+        raise ValueError(f"no valid line in {files}" + (f": {bad_lines.first}" if bad_lines.first else ""))
     return samples
 
 
@@ -84,12 +84,12 @@ def _encoded_prompts(
     sources: Sources, tokenizer: PreTrainedTokenizerBase, room: int, bad_lines: BadLineCounter
 ) -> Iterator[list[int]]:
     style = sources.style or (PromptStyle.CHAT if tokenizer.chat_template else PromptStyle.COMPLETION)
-    for source, seed in read_seeds(sources.prompts, bad_lines):
+    for source, prompt in read_prompts(sources.prompts, bad_lines):
         try:
-            ids = _encode(seed, style, tokenizer)
+            ids = _encode(prompt, style, tokenizer)
             if not 0 < len(ids) <= room:
                 raise ValueError(
-                    f"the prompt has {len(ids)} tokens; beside what the target writes there is room for {room}"
+                    f"the prompt has {len(ids)} tokens, but new_tokens {sources.new_tokens} leaves room for {room}"
                 )
         except ValueError as error:
             bad_lines.add(source, error)
@@ -97,7 +97,7 @@ def _encoded_prompts(
             yield ids
 
 
-def _encode(seed: Seed, style: PromptStyle, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _encode(prompt: Prompt, style: PromptStyle, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if style is PromptStyle.COMPLETION:
-        return tokenizer(seed.first_prompt.content)["input_ids"]
-    return encode_prompt(tokenizer, seed.messages[: seed.messages.index(seed.first_prompt) + 1])
+        return tokenizer(prompt.first_user_message.content)["input_ids"]
+    return encode_prompt(tokenizer, prompt.messages[: prompt.messages.index(prompt.first_user_message) + 1])

@@ -1,4 +1,4 @@
-"""How often the heads are right on held-out data."""
+"""The heads' accuracy and loss on held-out data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED, Logits, head_pairs, lm_loss
+from vllm_medusa.data.packing import IGNORED
+from vllm_medusa.training.heads import TrainableHeads
+from vllm_medusa.training.losses import Logits, head_pairs, lm_loss
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a batch adds to the held-out figures, one row per block, so that they can be gathered from many devices.
+    """One batch's sums, one row per block, so that devices can gather them.
 
     Attributes:
-        hits: ``[batch, heads, ranks]``, int64: positions whose token is the head's choice of exactly that rank.
+        hits: ``[batch, heads, ranks]``, int64: positions whose label is the head's token of exactly that rank.
         losses: ``[batch, heads]``, float32: sums of cross-entropies.
         positions: ``[batch, heads]``, int64: positions that have a label.
 
@@ -31,43 +32,35 @@ class Scores:
 
 @torch.no_grad()
 def score_heads(
-    heads: MedusaHeads,
+    heads: TrainableHeads,
     hidden: torch.Tensor,  # [batch, length, hidden_size]
     labels: torch.Tensor,  # [batch, length], int64
     ranks: int,
 ) -> Scores:
-    """Judge the heads; one head's logits of one block exist at a time.
-
-    Args:
-        heads: the heads.
-        hidden: the target's hidden states after its final norm.
-        labels: the token at each position, or ``IGNORED``.
-        ranks: how many of each head's most likely tokens are looked at.
-
-    """
+    """Score each head's ``ranks`` most probable tokens; only one head's logits of one block are in memory at a time."""
     shape = (len(hidden), heads.spec.num_heads)
     hits = torch.zeros(*shape, ranks, dtype=torch.int64, device=hidden.device)
     losses = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
     positions = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
     for block in range(shape[0]):
         for head in range(shape[1]):
-            states, targets = head_pairs(head, hidden[block : block + 1], labels[block : block + 1])
+            states, expected = head_pairs(head, hidden[block : block + 1], labels[block : block + 1])
             logits = heads.logits(head, states).float()
             best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
-            hits[block, head, : best.shape[1]] = (best == targets[:, None]).sum(dim=0)
-            losses[block, head] = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-            positions[block, head] = (targets != IGNORED).sum()
+            hits[block, head, : best.shape[1]] = (best == expected[:, None]).sum(dim=0)
+            losses[block, head] = functional.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
+            positions[block, head] = (expected != IGNORED).sum()
     return Scores(hits, losses, positions)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The figures on held-out data.
+    """The metrics on held-out data.
 
     Attributes:
-        accuracies: ``[heads][ranks]``: the share of positions whose token is the head's choice of exactly that rank.
+        accuracies: ``[heads][ranks]``: the share of positions whose label is the head's token of exactly that rank.
         losses: ``[heads]``: mean cross-entropies.
-        lm_loss: the target's own mean cross-entropy; None where it was not measured.
+        lm_loss: the target's own mean cross-entropy; None with Medusa-1.
 
     """
 
@@ -84,7 +77,7 @@ class HeldOut:
         lm_losses: np.ndarray | None = None,  # [blocks]
         lm_positions: np.ndarray | None = None,  # [blocks]
     ) -> HeldOut:
-        """Add up all batches' scores."""
+        """Compute the metrics from the scores of all batches."""
         count = np.maximum(positions.sum(axis=0), 1)
         lm_loss = None
         if lm_losses is not None and lm_positions is not None:
@@ -93,11 +86,10 @@ class HeldOut:
 
     @property
     def top1(self) -> list[float]:
-        """Each head's top-1 accuracy."""
         return [ranks[0] for ranks in self.accuracies]
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that are logged, by name."""
+        """Return the metrics by the names under which they are logged."""
         named: Sequence[tuple[str, list[float]]] = (("top1", self.top1), ("loss", self.losses))
         metrics = {f"head{k}_{name}": value for name, values in named for k, value in enumerate(values, start=1)}
         return metrics if self.lm_loss is None else metrics | {"lm_loss": self.lm_loss}
@@ -109,7 +101,7 @@ def score_target(
     hidden: torch.Tensor,  # [batch, length, hidden_size]
     labels: torch.Tensor,  # [batch, length], int64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of the target's own cross-entropies and the positions that have a label, ``[batch]`` each."""
+    """Return each block's sum of the target's own cross-entropies and its number of labels, ``[batch]`` both."""
     positions = (labels[:, 1:] != IGNORED).sum(dim=1)
     means = [lm_loss(logits, hidden[block : block + 1], labels[block : block + 1]) for block in range(len(hidden))]
     return torch.stack(means) * positions, positions

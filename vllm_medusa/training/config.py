@@ -1,4 +1,4 @@
-"""The settings of a training run: the one place that knows their names, defaults, bounds and meaning."""
+"""The settings of a training run: names, defaults, bounds and descriptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_medusa.data.validation import validated
 
 
 class Recipe(BaseModel):
-    """What every way of training heads has in common."""
+    """The settings that all ways of training heads share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,23 +28,21 @@ class Recipe(BaseModel):
     decay: float = Field(default=0.8, gt=0, le=1, description="The loss weight of head k is decay^k.")
     batch_size: int = Field(default=8, ge=1, description="Blocks per step and device.")
     learning_rate: float = Field(default=1e-3, gt=0, description="The heads' highest learning rate, after the warm-up.")
-    warmup_steps: int = Field(default=10, ge=0, description="Steps over which a learning rate rises.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps of the learning rates' linear warm-up.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="Longer gradients are shortened to this norm.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
     ranks: int = Field(
-        default=10, ge=1, description="How many of a head's most likely tokens the held-out accuracy looks at."
+        default=10, ge=1, description="How many of a head's most probable tokens the held-out accuracies cover."
     )
-    chunk_size: int = Field(default=4096, ge=1, description="Positions whose logits are held in memory at once.")
-    seed: int = Field(default=0, ge=0, description="What the order of the data and all other chance depends on.")
+    chunk_size: int = Field(default=4096, ge=1, description="Positions whose logits are in memory at the same time.")
+    seed: int = Field(default=0, ge=0, description="Random seed of data order, LoRA weights and dropout.")
 
 
 class Medusa1Config(Recipe):
     """The settings of ``train_medusa1``, which trains in memory and writes nothing."""
 
     steps: int = Field(default=200, ge=1, description="Optimizer steps.")
-    prompt_length: int = Field(
-        default=0, ge=0, description="Tokens at each block's start that the heads need not foretell."
-    )
+    prompt_length: int = Field(default=0, ge=0, description="Tokens at each block's start on which no loss is taken.")
 
     @model_validator(mode="after")
     def _warm_up_fits(self) -> Self:
@@ -56,12 +54,14 @@ class Medusa1Config(Recipe):
 class Medusa2Recipe(Recipe):
     """The settings of joint training (paper, sections 2.2.2 and 2.3.2)."""
 
-    target_training: Literal["lora", "full"] = Field(default="lora", description="What of the target is trained.")
+    target_training: Literal["lora", "full"] = Field(
+        default="lora", description="Train LoRA adapters of the target, or all its weights."
+    )
     lora_rank: int = Field(default=32, ge=1, description="Rank of the LoRA adapters.")
-    lora_alpha: float = Field(default=16.0, gt=0, description="LoRA's scale: adapters count alpha / rank.")
+    lora_alpha: float = Field(default=16.0, gt=0, description="LoRA's scale: adapters are scaled by alpha / rank.")
     lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout in front of the LoRA adapters.")
     lora_targets: tuple[str, ...] = Field(
-        default=(), description="Names of the adapted layers; none: all linear layers."
+        default=(), description="Names of the layers with adapters. Default: all linear layers."
     )
     learning_rate_ratio: float = Field(
         default=4.0, gt=0, description="The heads' learning rate divided by the target's."
@@ -70,19 +70,17 @@ class Medusa2Recipe(Recipe):
         default=0.2, gt=0, description="lambda_0, the weight of the heads' loss in the joint loss."
     )
     heads_weight_schedule: Literal["sine", "constant"] = Field(
-        default="sine", description="How lambda_0 gets to its value."
+        default="sine", description="Raise lambda_0 from 0 as a sine, or keep it constant."
     )
-    heads_only_steps: int = Field(
-        default=0, ge=0, description="Steps of the first stage: heads alone, on the frozen target."
-    )
+    heads_only_steps: int = Field(default=0, ge=0, description="Steps of the first stage, which trains only the heads.")
     distill: bool = Field(default=False, description="Replace the LM loss by KL(original target || trained target).")
 
     @model_validator(mode="after")
     def _teacher_exists(self) -> Self:
         if self.distill and self.target_training == "full":
             raise ValueError(
-                "distill must be false with target_training 'full', got true: the teacher is the target without its "
-                "adapters; use target_training 'lora'"
+                "distill must be false with target_training 'full', got true: the teacher is the target with its "
+                "adapters switched off; use target_training 'lora'"
             )
         return self
 
@@ -91,49 +89,52 @@ class TrainConfig(Medusa2Recipe):
     """The settings of ``vllm-medusa train``."""
 
     method: Literal["medusa1", "medusa2"] = Field(
-        default="medusa1", description="Train the heads alone, or the target too."
+        default="medusa1", description="Train only the heads, or heads and target together."
     )
     target: str = Field(description="The target: a directory, or a repository on the Hugging Face Hub.")
     data: tuple[Path, ...] = Field(min_length=1, description="Files of conversations, prompts or texts.")
     held_out: tuple[Path, ...] = Field(
-        default=(), description="Files to judge the heads on; none: a share of the data."
+        default=(), description="Files to evaluate the heads on. Default: a share of the data."
     )
     held_out_share: float = Field(
-        default=0.02, gt=0, lt=1, description="The share of blocks to judge on, without held_out."
+        default=0.02, gt=0, lt=1, description="The share of blocks to evaluate on, if held_out is not given."
     )
     skip_bad: bool = Field(
-        default=False, description="Skip and count lines that hold no record; otherwise they are refused."
+        default=False, description="Skip and count lines without a valid record instead of refusing them."
     )
     block_length: int = Field(default=2048, ge=8, description="Tokens per block.")
     output: Path = Field(description="The directory for the heads, the results and the checkpoints.")
 
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; they take the place of epochs.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps; overrides epochs.")
     epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
     gradient_accumulation: int = Field(default=1, ge=1, description="Batches per optimizer step.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="The target's weights' type."
+        default="auto", description="The dtype of the target's weights."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="Autocast during training.")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="Load the target through bitsandbytes."
     )
-    gradient_checkpointing: bool = Field(default=False, description="Recompute the target's layers on the way back.")
-    trust_remote_code: bool = Field(default=False, description="Run the code that comes with the target.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute the target's layers in the backward pass to save memory."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run the code in the target's repository.")
 
     save_steps: int = Field(default=500, ge=1, description="Steps between two checkpoints.")
-    save_limit: int = Field(default=2, ge=1, description="Checkpoints to keep; the oldest go.")
+    save_limit: int = Field(default=2, ge=1, description="Checkpoints to keep; older ones are deleted.")
     resume: Literal["auto", "never"] = Field(
-        default="auto", description="Go on from the last checkpoint, or start anew."
+        default="auto", description="Resume from the last checkpoint, or delete the checkpoints and start anew."
     )
-    eval_steps: int | None = Field(default=None, ge=1, description="Steps between two looks at the held-out data.")
-    logging_steps: int = Field(default=10, ge=1, description="Steps between two reports of the loss.")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Steps between two evaluations. Default: evaluate only at the end."
+    )
+    logging_steps: int = Field(default=10, ge=1, description="Steps between two log entries.")
     report_to: tuple[str, ...] = Field(
         default=(), description="Where losses are logged: tensorboard, wandb, mlflow, ..."
     )
 
     @property
     def bad_lines(self) -> BadLines:
-        """What to do about a line that holds no record."""
         return BadLines.from_flag(self.skip_bad)
 
     @model_validator(mode="after")
@@ -152,7 +153,7 @@ class TrainConfig(Medusa2Recipe):
         if self.block_length < self.num_heads + 2:
             raise ValueError(
                 f"block_length must be at least {self.num_heads + 2} for {self.num_heads} heads (num_heads), "
-                f"got {self.block_length}: the last head looks that far ahead"
+                f"got {self.block_length}: head {self.num_heads} predicts {self.num_heads + 1} tokens ahead"
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps must be at most {self.steps} (steps), got {self.warmup_steps}")
@@ -163,12 +164,12 @@ def load_config(file: Path | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """Read settings.
 
     Args:
-        file: YAML, a mapping of names to values; None for none.
-        overrides: settings that win over the file's.
+        file: a YAML mapping of names to values, or None.
+        overrides: settings that take precedence over the file's.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a name or a value is wrong; one line that says which, and what is allowed.
+        ValueError: a name or value is wrong; the message is one line and says what is allowed.
 
     """
     settings: dict[str, Any] = {}

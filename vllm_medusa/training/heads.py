@@ -1,4 +1,4 @@
-"""Medusa heads in plain PyTorch, with the parameter names of the checkpoint."""
+"""Medusa heads for training, in plain PyTorch; parameters are named as in the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.nn import functional
 from vllm_medusa.checkpoint.format import HeadsSpec
 
 
-class ResidualBlock(nn.Module):
-    """Layers ``x + SiLU(Linear(x))``, the identity until they are trained."""
+class ResidualLayers(nn.Module):
+    """Layers ``x + SiLU(Linear(x))``; all weights start at zero, so the layers start as the identity."""
 
     def __init__(self, hidden_size: int, num_layers: int, bias: bool) -> None:
         super().__init__()
@@ -19,21 +19,18 @@ class ResidualBlock(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., hidden_size]`` to the same shape."""
         for layer in self.layers:
             hidden = hidden + functional.silu(layer(hidden))
         return hidden
 
 
-class MedusaHeads(nn.Module):
-    """K heads over a target's hidden state: head k at position t predicts the token at t + 1 + k.
-
-    Untrained heads predict what the target's own LM head predicts.
+class TrainableHeads(nn.Module):
+    """K heads: head k reads the target's hidden state at position t and predicts the token at t + 1 + k.
 
     Args:
         spec: the heads' sizes.
-        lm_head: ``[vocab_size, hidden_size]``: the weight of the target's LM head, from which the heads' start;
-            a shared one stays as it is.
+        lm_head: ``[vocab_size, hidden_size]``: the weight of the target's LM head. The heads' LM heads start as copies
+            of it, so untrained heads predict what the target predicts. A shared LM head is not trained.
 
     """
 
@@ -41,7 +38,7 @@ class MedusaHeads(nn.Module):
         super().__init__()
         self.spec = spec
         self.blocks = nn.ModuleList(
-            ResidualBlock(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
+            ResidualLayers(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
         )
         self.lm_heads = nn.ModuleList(
             nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
@@ -53,19 +50,9 @@ class MedusaHeads(nn.Module):
         self.lm_heads.requires_grad_(not spec.shared_lm_head)
 
     def logits(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return one head's logits.
+        """Return the logits ``[..., vocab_size]`` of one head, counted from 0.
 
-        Args:
-            head: the head, counted from 0: it predicts the token at depth ``head + 1``.
-            hidden: ``[..., hidden_size]``: the target's hidden states after its final norm.
-
-        Returns:
-            ``[..., vocab_size]``.
-
+        ``hidden`` are the target's hidden states after its final norm, ``[..., hidden_size]``.
         """
         lm_head = self.lm_heads[0 if self.spec.shared_lm_head else head]
         return lm_head(self.blocks[head](hidden))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return all heads' logits, ``[num_heads, ..., vocab_size]``, for ``hidden`` of ``[..., hidden_size]``."""
-        return torch.stack([self.logits(head, hidden) for head in range(self.spec.num_heads)])

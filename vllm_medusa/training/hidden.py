@@ -1,4 +1,4 @@
-"""What the heads see of a target: that which enters its LM head, whatever its architecture."""
+"""The hidden states that the heads read: the input of the target's LM head, for any architecture."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from transformers import PreTrainedModel
 
 
 def lm_head_of(target: PreTrainedModel) -> nn.Linear:
-    """Return a target's LM head.
-
-    Raises:
-        ValueError: the model has none that ``transformers`` could name, or its weight is no plain matrix.
-
-    """
+    """Return a target's LM head; raises ``ValueError`` if there is none, or if it is no plain ``nn.Linear``."""
     name = type(target).__name__
     lm_head = target.get_output_embeddings()
     if lm_head is None:
         raise ValueError(f"{name} has no LM head (get_output_embeddings() gives None); give a causal language model")
     if not isinstance(lm_head, nn.Linear) or not lm_head.weight.is_floating_point():
-        raise ValueError(f"the LM head of {name}, {type(lm_head).__name__}, has no plain weight matrix to copy")
+        raise ValueError(
+            f"the LM head of {name}, {type(lm_head).__name__}, is no nn.Linear with a floating-point weight"
+        )
     return lm_head
 
 
@@ -27,13 +24,13 @@ def final_hidden_states(
     target: PreTrainedModel,
     tokens: torch.Tensor,  # [batch, length], int64
 ) -> torch.Tensor:
-    """Return what goes into the target's LM head, after its final norm: ``[batch, length, hidden_size]``.
+    """Return the input of the target's LM head, the states after its final norm: ``[batch, length, hidden_size]``.
 
-    It is read off at the LM head itself, so it is what vLLM gives to the heads for every architecture; scaling or
-    capping of logits comes after it. The LM head is left one position, so that no logits of a whole batch arise.
+    A hook on the LM head reads them. So they are what vLLM gives the heads, whatever the architecture does before or
+    after. The hook passes only one position on to the LM head, which saves the logits of the others.
 
     Raises:
-        ValueError: the target does not call its LM head with hidden states.
+        ValueError: the target does not call its LM head once with the hidden states of all positions.
 
     """
     lm_head = lm_head_of(target)

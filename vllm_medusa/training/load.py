@@ -1,4 +1,4 @@
-"""Load the target that is trained on."""
+"""Load the target and its tokenizer for training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ from vllm_medusa.training.config import TrainConfig
 
 
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """Load the target's tokenizer.
-
-    Raises:
-        ValueError: there is none.
-
-    """
     try:
         return AutoTokenizer.from_pretrained(config.target, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -33,16 +27,11 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def load_target(config: TrainConfig) -> PreTrainedModel:
-    """Load the target to train on.
-
-    Raises:
-        ValueError: it is no causal language model, or bitsandbytes is asked for and absent.
-
-    """
+    """Load the target as ``config`` says; raises ``ValueError`` if that is not possible."""
     if config.quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"quantization {config.quantization!r} needs bitsandbytes, "
-            "which is not installed; install it, or take 'none'"
+            "which is not installed; install it, or use 'none'"
         )
     target = load_plain_target(config, **_quantization(config))
     if config.gradient_checkpointing:
@@ -51,12 +40,7 @@ def load_target(config: TrainConfig) -> PreTrainedModel:
 
 
 def load_plain_target(config: TrainConfig, **options: Any) -> PreTrainedModel:
-    """Load the target as it is, on the CPU and without quantization unless ``options`` say otherwise.
-
-    Raises:
-        ValueError: it is no causal language model.
-
-    """
+    """Load the target on the CPU without quantization, unless ``options`` say otherwise."""
     try:
         return AutoModelForCausalLM.from_pretrained(
             config.target,
@@ -70,7 +54,7 @@ def load_plain_target(config: TrainConfig, **options: Any) -> PreTrainedModel:
 
 
 def _attention(config: TrainConfig) -> str | None:
-    """Choose eager attention where scores are capped (Gemma 2): SDPA silently leaves the cap out, vLLM does not."""
+    """Choose eager attention if the model caps attention scores (Gemma 2): vLLM caps them, SDPA silently does not."""
     model_config = AutoConfig.from_pretrained(config.target, trust_remote_code=config.trust_remote_code)
     return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else None
 

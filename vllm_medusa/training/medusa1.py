@@ -11,19 +11,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_medusa.checkpoint.format import HeadsSpec
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, Recipe
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
-from vllm_medusa.training.losses import IGNORED, LabelCounts, medusa_loss
+from vllm_medusa.training.losses import LabelCounts, medusa_loss
 from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
 
 
-def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> MedusaHeads:
-    """Return heads in fp32, on the target's device, that predict what the target's LM head predicts.
+def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> TrainableHeads:
+    """Return untrained heads in fp32 on the target's device.
 
     Raises:
-        ValueError: the target has no usable LM head, or one with a bias that the heads are to share.
+        ValueError: the target has no usable LM head, or the heads cannot share it because it has a bias.
 
     """
     lm_head = lm_head_of(target)
@@ -39,30 +40,21 @@ def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> MedusaHeads:
         num_layers=recipe.num_layers,
         shared_lm_head=recipe.shared_lm_head,
     )
-    return MedusaHeads(spec, lm_head.weight).to(lm_head.weight.device)
+    return TrainableHeads(spec, lm_head.weight).to(lm_head.weight.device)
 
 
 class Medusa1(nn.Module):
-    """A frozen target and its heads.
-
-    Args:
-        target: a causal language model of ``transformers``; its parameters stop asking for gradients.
-        recipe: the heads' sizes and their loss.
-
-    Raises:
-        ValueError: no heads can be trained on the target.
-
-    """
+    """A frozen target and its heads; raises ``ValueError`` if no heads can be trained on the target."""
 
     def __init__(self, target: PreTrainedModel, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
         self.target = target.requires_grad_(False)
         self.heads = untrained_heads(target, recipe)
-        self._no_split_modules = target._no_split_modules  # Where accelerate's FSDP cuts the model into units.
+        self._no_split_modules = target._no_split_modules  # accelerate's FSDP wraps these modules.
 
     def train(self, mode: bool = True) -> Medusa1:
-        """Switch the heads to training; the target stays as it predicts."""
+        """Switch only the heads to training mode."""
         super().train(mode)
         self.target.eval()
         return self
@@ -73,21 +65,21 @@ class Medusa1(nn.Module):
         labels: torch.Tensor,  # [batch, length], int64
         counts: LabelCounts | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return the batch's share of the loss; outside of training, the loss and what ``HeldOut.of`` adds up."""
+        """Return the batch's share of the step's loss; in evaluation mode see ``evaluate_batch``."""
         with torch.no_grad():
             hidden = final_hidden_states(self.target, input_ids).float()
         if self.training:
             return {"loss": medusa_loss(self.heads, hidden, labels, self.recipe.decay, self.recipe.chunk_size, counts)}
-        return judged_heads(self.heads, hidden, labels, self.recipe)
+        return evaluate_batch(self.heads, hidden, labels, self.recipe)
 
 
-def judged_heads(
-    heads: MedusaHeads,
+def evaluate_batch(
+    heads: TrainableHeads,
     hidden: torch.Tensor,  # [batch, length, hidden_size]
     labels: torch.Tensor,  # [batch, length], int64
     recipe: Recipe,
 ) -> dict[str, torch.Tensor]:
-    """Return the heads' loss and, per block, what ``HeldOut.of`` adds up."""
+    """Return the heads' loss, and the scores of each block in the order of ``HeldOut.of``'s arguments."""
     scores = score_heads(heads, hidden, labels, recipe.ranks)
     weights = recipe.decay ** torch.arange(1, heads.spec.num_heads + 1, device=hidden.device)
     loss = (weights * scores.losses.sum(dim=0) / scores.positions.sum(dim=0).clamp(min=1)).sum()
@@ -96,26 +88,15 @@ def judged_heads(
 
 @dataclass(frozen=True, eq=False)
 class Medusa1Result:
-    """What a run gives.
+    """The trained heads, on the target's device, and their metrics on the held-out blocks."""
 
-    Attributes:
-        heads: the trained heads.
-        held_out: how often, on held-out blocks, they are right.
-
-    """
-
-    heads: MedusaHeads
+    heads: TrainableHeads
     held_out: HeldOut
 
     @property
     def accuracies(self) -> torch.Tensor:
-        """``[heads, ranks]``: how often the right token is a head's choice of exactly that rank."""
+        """``HeldOut.accuracies`` as ``[heads, ranks]``, float32."""
         return torch.tensor(self.held_out.accuracies)
-
-    @property
-    def top1(self) -> list[float]:
-        """Each head's top-1 accuracy on held-out blocks."""
-        return self.held_out.top1
 
 
 def train_medusa1(
@@ -128,14 +109,11 @@ def train_medusa1(
     """Train heads in memory; nothing is written.
 
     Args:
-        target: a causal language model of ``transformers``; it is frozen, and moved to the device that trains.
+        target: a causal language model of ``transformers``; it is frozen and moved to the training device.
         blocks: ``[blocks, length]``, int64: the token ids to train on.
-        held_out: ``[blocks, length]``, int64: the token ids to judge the heads on.
-        config: the run's settings.
+        held_out: ``[blocks, length]``, int64: the token ids to evaluate on.
+        config: the settings.
         show_progress: whether to draw a progress bar.
-
-    Returns:
-        The heads, on the target's device, and their figures on ``held_out``.
 
     Raises:
         ValueError: no heads can be trained on the target.
@@ -155,7 +133,7 @@ def train_medusa1(
 
 
 def labelled(blocks: torch.Tensor, prompt_length: int) -> list[dict[str, torch.Tensor]]:
-    """Give ``[blocks, length]`` of tokens their labels: the tokens, without those of the prompts at their start."""
+    """Label all tokens of ``[blocks, length]`` but the first ``prompt_length`` of each block."""
     labels = blocks.clone()
     labels[:, :prompt_length] = IGNORED
-    return [{"input_ids": tokens, "labels": wanted} for tokens, wanted in zip(blocks, labels, strict=True)]
+    return [{"input_ids": ids, "labels": row} for ids, row in zip(blocks, labels, strict=True)]

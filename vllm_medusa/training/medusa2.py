@@ -16,7 +16,7 @@ from vllm_medusa.training.accuracy import score_target
 from vllm_medusa.training.config import Medusa2Recipe
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.losses import LabelCounts, distillation_loss, lm_loss, medusa_loss
-from vllm_medusa.training.medusa1 import judged_heads, untrained_heads
+from vllm_medusa.training.medusa1 import evaluate_batch, untrained_heads
 from vllm_medusa.training.schedule import second_stage, sine_rise
 from vllm_medusa.training.target_logits import TargetLogits
 from vllm_medusa.training.trainer import MedusaTrainer, ParameterGroup, is_of_heads
@@ -24,29 +24,14 @@ from vllm_medusa.training.trainer import MedusaTrainer, ParameterGroup, is_of_he
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What the joint loss is made of at one step: ``target * L_LM + heads * L_heads``.
-
-    Attributes:
-        target: weight of the target's own loss; 0 freezes the target.
-        heads: lambda_0.
-
-    """
+    """The joint loss of one step: ``target * L_LM + heads * L_heads``; ``target`` 0 freezes the target."""
 
     target: float
     heads: float
 
 
 class Medusa2(nn.Module):
-    """A target, of which LoRA adapters or all weights are trained, and its heads.
-
-    Args:
-        target: a causal language model of ``transformers``; with LoRA, adapters are put into it.
-        recipe: the heads' sizes and the losses.
-
-    Raises:
-        ValueError: the target cannot be trained, or no heads can be trained on it.
-
-    """
+    """A target, with LoRA adapters or trained whole, and its heads; raises ``ValueError`` if it cannot be trained."""
 
     def __init__(self, target: PreTrainedModel, recipe: Medusa2Recipe) -> None:
         super().__init__()
@@ -56,7 +41,7 @@ class Medusa2(nn.Module):
         if recipe.target_training == "lora":
             self.target = with_adapters(target, recipe)
         self.logits = TargetLogits(self.target)
-        self._no_split_modules = target._no_split_modules  # Where accelerate's FSDP cuts the model into units.
+        self._no_split_modules = target._no_split_modules  # accelerate's FSDP wraps these modules.
 
     def forward(
         self,
@@ -65,12 +50,12 @@ class Medusa2(nn.Module):
         weights: LossWeights,
         counts: LabelCounts | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return the batch's share of the joint loss and of its parts.
+        """Return the batch's share of the step's joint loss and of its parts.
 
-        Outside of training, return the loss and what ``HeldOut.of`` adds up.
+        In evaluation mode, return the loss and the arguments of ``HeldOut.of`` in their order.
         """
         if not self.training:
-            return self._judged(input_ids, labels, weights)
+            return self._evaluate(input_ids, labels, weights)
         frozen = weights.target == 0
         self.target.train(not frozen)
         with torch.set_grad_enabled(not frozen):
@@ -90,7 +75,7 @@ class Medusa2(nn.Module):
         labels: torch.Tensor,  # [batch, length], int64
         counts: LabelCounts | None,
     ) -> torch.Tensor:
-        """L_LM, or the divergence from the original target: the same model with its adapters switched off."""
+        """Return L_LM, or the divergence from the original target, which is the target without its adapters."""
         if not self.recipe.distill:
             return lm_loss(self.logits, hidden, labels, self.recipe.chunk_size, counts)
         self.target.eval()
@@ -99,30 +84,27 @@ class Medusa2(nn.Module):
         self.target.train()
         return distillation_loss(self.logits, hidden, original, labels, self.recipe.chunk_size, counts)
 
-    def _judged(
+    def _evaluate(
         self,
         input_ids: torch.Tensor,  # [batch, length], int64
         labels: torch.Tensor,  # [batch, length], int64
         weights: LossWeights,
     ) -> dict[str, torch.Tensor]:
         hidden = final_hidden_states(self.target, input_ids)
-        judged = judged_heads(self.heads, hidden.float(), labels, self.recipe)
+        heads = evaluate_batch(self.heads, hidden.float(), labels, self.recipe)
         lm_losses, lm_positions = score_target(self.logits, hidden, labels)
         own = lm_losses.sum() / lm_positions.sum().clamp(min=1)
-        loss = own + weights.heads * judged["loss"]
-        return judged | {"loss": loss, "lm_losses": lm_losses, "lm_positions": lm_positions}
+        loss = own + weights.heads * heads["loss"]
+        return heads | {"loss": loss, "lm_losses": lm_losses, "lm_positions": lm_positions}
 
 
 class Medusa2Trainer(MedusaTrainer):
-    """Trains heads first, if the recipe says so, then heads and target, each at a learning rate of its own.
-
-    The recipe must be a ``Medusa2Recipe``.
-    """
+    """Trains only the heads in the first stage, if there is one, and heads and target in the second."""
 
     recipe: Medusa2Recipe
 
     def parameter_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
-        """Part the heads from the target, whose learning rate is lower (paper, section 2.2.2)."""
+        """Give the target a lower learning rate than the heads (paper, section 2.2.2)."""
         heads = [parameter for name, parameter in parameters.items() if is_of_heads(name)]
         target = [parameter for name, parameter in parameters.items() if not is_of_heads(name)]
         rate = self.recipe.learning_rate
@@ -132,16 +114,10 @@ class Medusa2Trainer(MedusaTrainer):
         ]
 
     def target_factor(self, step: int, total: int) -> float:
-        """Return the factor on the target's learning rate."""
         return second_stage(step, self.recipe.heads_only_steps, self.recipe.warmup_steps, total)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Make the schedules, now that the number of steps is known.
-
-        Raises:
-            ValueError: the first stage leaves no step to the second.
-
-        """
+        """Create the schedules; raises ``ValueError`` if the first stage takes all steps."""
         if self.recipe.heads_only_steps >= num_training_steps:
             raise ValueError(
                 f"heads_only_steps must be less than {num_training_steps}, the steps of this run, "
@@ -150,10 +126,10 @@ class Medusa2Trainer(MedusaTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def loss_weights(self) -> LossWeights:
-        """Return the weights of the step that is being taken.
+        """Return the current step's weights.
 
-        In the first stage the target is frozen. In the second, lambda_0 is constant or, by the paper's reference code,
-        ``heads_weight * sin(pi / 2 * progress)`` with progress from 0 to 1 over that stage.
+        In the first stage the target is frozen. In the second stage lambda_0 is constant or, as in the paper's
+        reference code, ``heads_weight * sin(pi / 2 * progress)``, with progress from 0 to 1.
         """
         recipe, step = self.recipe, self.state.global_step
         if step < recipe.heads_only_steps:
@@ -164,15 +140,14 @@ class Medusa2Trainer(MedusaTrainer):
         return LossWeights(target=1.0, heads=recipe.heads_weight * rise)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the joint loss of the step."""
         return super().compute_loss(model, inputs | {"weights": self.loss_weights()}, *args, **kwargs)
 
 
 def with_adapters(target: PreTrainedModel, recipe: Medusa2Recipe) -> nn.Module:
-    """Put LoRA adapters into a target and freeze the rest.
+    """Add LoRA adapters to a target and freeze its own weights.
 
     Raises:
-        ValueError: the layers that the recipe names do not exist, or the LM head is among them.
+        ValueError: ``lora_targets`` names unknown layers or the LM head.
 
     """
     settings = LoraConfig(

@@ -1,26 +1,19 @@
-"""One progress bar for everything that is trained."""
+"""The progress bar of training loops."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class ReportStep(Protocol):
-    """Tells the progress bar that a step is done."""
-
-    def __call__(self, loss: float) -> None:
-        """Advance by one step and show its loss."""
-
-
 @contextmanager
-def training_progress(title: str, steps: int, visible: bool = True, done: int = 0) -> Iterator[ReportStep]:
-    """Show a progress bar with a smoothed loss while a training loop runs, of which ``done`` steps lie behind."""
+def training_progress(title: str, steps: int, visible: bool = True, done: int = 0) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar that starts at step ``done``; call the yielded function with each step's loss."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -42,7 +35,7 @@ def training_progress(title: str, steps: int, visible: bool = True, done: int = 
 
 
 class ProgressBar(TrainerCallback):
-    """Shows the progress of a ``transformers.Trainer``, with the loss that it logged last."""
+    """The progress bar of a ``transformers.Trainer``, with the last logged loss."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -50,7 +43,6 @@ class ProgressBar(TrainerCallback):
         self._loss = float("nan")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Draw the bar."""
         self._report = self._open.enter_context(
             training_progress(self.title, state.max_steps, state.is_world_process_zero, state.global_step)
         )
@@ -58,13 +50,11 @@ class ProgressBar(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        """Take note of the loss."""
         self._loss = logs.get("loss", self._loss)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Advance."""
         self._report(self._loss)
 
     def close(self) -> None:
-        """Leave the terminal as it was, however the training ended."""
+        """Remove the bar, also after an error in training."""
         self._open.close()

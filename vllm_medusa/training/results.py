@@ -1,8 +1,7 @@
-"""What a run leaves behind: heads, target, figures, and how they came about."""
+"""The files that a training run writes: heads, target, metrics and settings."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,33 +17,33 @@ from rich.table import Table
 from vllm_medusa.checkpoint.conversion import HEADS_DIRECTORY, TARGET_DIRECTORY
 from vllm_medusa.checkpoint.format import write_heads
 from vllm_medusa.checkpoint.published import BASE_MODEL
-from vllm_medusa.files import replaced_directory, replaced_file
+from vllm_medusa.files import replaced_directory, replaced_file, write_json
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import TrainConfig
-from vllm_medusa.training.disk import disk_errors
 from vllm_medusa.training.load import load_plain_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2
 from vllm_medusa.training.trainer import is_of_heads
+from vllm_medusa.training.write_errors import explain_write_errors
 from vllm_medusa.versions import installed_versions
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "results.json"
 
 FREE_TO_CHANGE = {"save_steps", "save_limit", "resume", "eval_steps", "logging_steps", "report_to", "chunk_size"}
-"""Settings that a run may change when it goes on from a checkpoint: what it gives does not depend on them."""
+"""Settings that may change when a run is resumed, since the result does not depend on them."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
         output: the run's directory.
         steps: optimizer steps.
-        after: the figures on held-out data.
-        before: the same at the start; None with Medusa-1, which leaves the target as it is.
-        target: where the trained target is; None with Medusa-1.
+        after: the final metrics on held-out data.
+        before: the metrics before the first step; None with Medusa-1.
+        target: the trained target's directory; None with Medusa-1.
 
     """
 
@@ -56,17 +55,15 @@ class TrainResult:
 
     @property
     def heads(self) -> Path:
-        """Where the heads are."""
         return self.output / HEADS_DIRECTORY
 
     def write(self) -> None:
-        """Write the figures as JSON."""
-        figures = {"steps": self.steps, "before": self.before and asdict(self.before), "after": asdict(self.after)}
-        with replaced_file(self.output / RESULTS_FILE) as stream:
-            stream.write(json.dumps(figures, indent=2) + "\n")
+        """Write the metrics as JSON."""
+        metrics = {"steps": self.steps, "before": self.before and asdict(self.before), "after": asdict(self.after)}
+        write_json(self.output / RESULTS_FILE, metrics)
 
     def print(self, console: Console) -> None:
-        """Print the figures as a table, and where the models are."""
+        """Print the metrics as a table."""
         table = Table(title=f"Held-out data after {self.steps} steps")
         for column in ("", "before", "after"):
             table.add_column(column, justify="left" if not column else "right")
@@ -80,27 +77,21 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class HeldOutBefore:
-    """The figures on held-out data before the first step.
-
-    Attributes:
-        top1: each head's top-1 accuracy.
-        lm_loss: the target's own mean cross-entropy.
-
-    """
+    """The metrics on held-out data before the first step (see ``HeldOut``)."""
 
     top1: list[float]
     lm_loss: float
 
     @classmethod
     def of(cls, log: Sequence[Mapping[str, Any]]) -> HeldOutBefore:
-        """Find them in a trainer's log, which outlives a resumed run."""
+        """Read them from a trainer's log, which a resumed run continues."""
         first = next(entry for entry in log if "eval_lm_loss" in entry)
         heads = sum(name.endswith("_top1") for name in first)
         return cls([first[f"eval_head{head}_top1"] for head in range(1, heads + 1)], first["eval_lm_loss"])
 
 
 def write_run(config: TrainConfig, command: Sequence[str]) -> None:
-    """Write the resolved settings and the command beside what they give."""
+    """Write all settings, the command and the package versions."""
     content = {
         "command": list(command),
         "versions": installed_versions(),
@@ -111,12 +102,7 @@ def write_run(config: TrainConfig, command: Sequence[str]) -> None:
 
 
 def check_same_run(config: TrainConfig) -> None:
-    """Refuse to go on with other settings than those of the run in the output directory.
-
-    Raises:
-        ValueError: a setting differs; the line names it and both values.
-
-    """
+    """Raise ``ValueError`` if a setting differs from the earlier run in the output directory."""
     file = config.output / RUN_FILE
     if not file.exists():
         return
@@ -136,15 +122,12 @@ def write_heads_of(
     held_out: HeldOut,
     dtype: torch.dtype,
 ) -> None:
-    """Write the heads as vLLM reads them, in the target's dtype.
-
-    Their config names the target that they were trained for, and holds the accuracies from which sparse trees grow.
-    """
+    """Write the heads as vLLM reads them, in the target's dtype; their config holds target and accuracies."""
     trained = {name.removeprefix("heads."): tensor for name, tensor in state.items() if is_of_heads(name)}
     if config.shared_lm_head:
         trained["lm_heads.0.weight"] = model.heads.get_parameter("lm_heads.0.weight")
     target = config.target if isinstance(model, Medusa1) else str(config.output / TARGET_DIRECTORY)
-    with disk_errors(config.output):
+    with explain_write_errors(config.output):
         write_heads(
             config.output / HEADS_DIRECTORY,
             model.heads.spec,
@@ -154,14 +137,10 @@ def write_heads_of(
 
 
 def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, torch.Tensor]) -> Path:
-    """Write the trained target and its tokenizer as an ordinary model.
+    """Write the trained target and its tokenizer as an ordinary model and return its directory.
 
-    The target is loaded anew, without quantization, and what was trained goes into it; so a target that is quantized or
-    spread over devices is written like any other.
-
-    Returns:
-        Its directory.
-
+    The original target is loaded again without quantization and gets the trained weights. So a target that was
+    quantized or sharded in training is written like any other.
     """
     trained = {
         name.removeprefix("target."): tensor.to("cpu") for name, tensor in state.items() if not is_of_heads(name)
@@ -173,7 +152,7 @@ def write_target_of(config: TrainConfig, model: Medusa2, state: Mapping[str, tor
             target = PeftModel.from_pretrained(target, directory).merge_and_unload()
     else:
         target.load_state_dict(trained, strict=False)
-    with disk_errors(config.output), replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
+    with explain_write_errors(config.output), replaced_directory(config.output / TARGET_DIRECTORY) as temporary:
         target.save_pretrained(temporary)
         load_tokenizer(config).save_pretrained(temporary)
     return config.output / TARGET_DIRECTORY

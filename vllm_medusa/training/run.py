@@ -1,4 +1,4 @@
-"""``vllm-medusa train``: from settings to heads that vLLM serves."""
+"""A training run, from the settings to heads that vLLM serves."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def run_training(
     show_progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult | None:
-    """Train heads, or heads and target, and write them; each process of a distributed run calls it.
+    """Train heads, or heads and target, and write them; every process of a distributed run must call this.
 
     Args:
         config: the settings.
-        command: what the user typed, to be kept beside the heads.
+        command: the user's command, kept beside the heads.
         show_progress: whether to draw a progress bar.
         callbacks: further callbacks of ``transformers.Trainer``.
 
     Returns:
-        What the run gives; None on all processes but the main one, which alone writes.
+        The result on the main process, which writes the files; None on the others.
 
     Raises:
-        ValueError: the settings, the data or the target do not allow it; one line says what and what to do.
-        OSError: something cannot be read or written.
+        ValueError: settings, data or target are wrong; the message is one line and says what to do.
+        OSError: a file cannot be read or written.
 
     """
     checkpoints = config.output / CHECKPOINTS_DIRECTORY
@@ -58,7 +58,7 @@ def run_training(
         check_same_run(config)
     training, held_out = load_data(config, load_tokenizer(config))
     target = load_target(config)
-    set_seed(config.seed)  # LoRA's weights begin at random.
+    set_seed(config.seed)  # LoRA's weights are initialised at random.
     dtype = lm_head_of(target).weight.dtype
     model: Medusa1 | Medusa2
     if config.method == "medusa1":
@@ -91,10 +91,10 @@ def run_training(
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return the blocks to train on and the blocks to judge on.
+    """Return the blocks to train on and the blocks to evaluate on.
 
     Raises:
-        ValueError: a line of a file is wrong, or there are too few blocks.
+        ValueError: a line is bad, or there are too few blocks.
 
     """
     blocks = load_blocks(config.data, tokenizer, config.block_length, config.bad_lines).with_format("torch")
@@ -104,15 +104,15 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         _check_size(held_out, 1, "held_out", config)
         return blocks, held_out
     _check_size(blocks, 2, "data", config)
-    judged = max(1, round(config.held_out_share * len(blocks)))
-    split = blocks.train_test_split(test_size=judged, seed=config.seed)
+    test_size = max(1, round(config.held_out_share * len(blocks)))
+    split = blocks.train_test_split(test_size=test_size, seed=config.seed)
     return split["train"], split["test"]
 
 
 def _check_size(blocks: datasets.Dataset, least: int, name: str, config: TrainConfig) -> None:
     if len(blocks) < least:
         raise ValueError(
-            f"{name} gives {len(blocks)} blocks of {config.block_length} tokens (block_length), and {least} are "
+            f"{name} gives {len(blocks)} blocks of {config.block_length} tokens (block_length), but {least} are "
             "needed; give more text or a smaller block_length"
         )
 
@@ -132,7 +132,7 @@ def _trainer_options(config: TrainConfig) -> dict[str, Any]:
         "eval_on_start": config.method == "medusa2",
         "logging_steps": config.logging_steps,
         "report_to": list(config.report_to) or "none",
-        # In the first stage the target's trained parameters have no part in the loss.
+        # In the first stage the loss does not depend on the target's trained parameters.
         "ddp_find_unused_parameters": config.heads_only_steps > 0,
     }
 

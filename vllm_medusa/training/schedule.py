@@ -1,26 +1,26 @@
-"""How learning rates and the weight of the heads' loss change over a training run."""
+"""Schedules of the learning rates and of the weight of the heads' loss."""
 
 from __future__ import annotations
 
 import math
 
 
-def cosine_with_warmup(step: int, warmup: int, total: int, floor: float = 0.0) -> float:
-    """Return the factor on the learning rate: a linear rise over ``warmup`` steps, then half a cosine to ``floor``."""
+def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
+    """Return the factor on the learning rate: a linear rise over ``warmup`` steps, then half a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def linear_with_warmup(step: int, warmup: int, total: int, decay_share: float = 0.6) -> float:
-    """Return the factor on the learning rate: a rise, a plateau, then a line to 0 over ``decay_share`` of all steps."""
+def linear_with_warmup(step: int, warmup: int, total: int) -> float:
+    """Return the factor on the learning rate: a linear rise, a plateau, and a linear fall over the last 60 %."""
     rise = min(1.0, (step + 1) / max(1, warmup))
-    return rise * min(1.0, (total - step) / max(1.0, decay_share * total))
+    return rise * min(1.0, (total - step) / max(1.0, 0.6 * total))
 
 
 def second_stage(step: int, first_stage: int, warmup: int, total: int) -> float:
-    """Return the factor on the target's learning rate: 0 in the first stage, then a warm-up and a cosine of its own."""
+    """Return the factor on the target's learning rate: 0 in the first stage, then ``cosine_with_warmup``."""
     return 0.0 if step < first_stage else cosine_with_warmup(step - first_stage, warmup, total - first_stage)
 
 

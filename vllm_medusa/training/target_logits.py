@@ -1,4 +1,4 @@
-"""A target's logits from its hidden states, with the scaling or capping that some architectures add."""
+"""Compute a target's logits from its hidden states, with the scaling or capping that some architectures apply."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
 
 PROBE_LENGTH = 16
 TOLERANCE = 1e-2
-"""The largest deviation, relative to the logits' own size, that rounding in 16 bits may cause."""
+"""The largest deviation that 16-bit rounding may cause, relative to the largest logit."""
 
 
 class TargetLogits:
-    """Computes a target's logits for hidden states that are not all of a sequence.
+    """Computes a target's logits for any of its hidden states, such as a chunk.
 
-    Architectures treat their LM head's output differently, and under names that do not tell how. So all that is known
-    is tried on a few tokens, and that is taken which gives the target's own logits.
-
-    Args:
-        target: the target.
+    Some architectures scale or cap the LM head's output, and their configs name the factor differently. So all known
+    transforms are tried on a few tokens, and the one that reproduces the target's own logits is used.
 
     Raises:
-        ValueError: nothing that is known gives the target's logits.
+        ValueError: no known transform reproduces the target's logits.
 
     """
 
@@ -45,20 +42,19 @@ class TargetLogits:
         self.transform = min(deviations, key=lambda transform: deviations[transform])
         if deviations[self.transform] > TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(
-                f"{type(target).__name__} changes its logits in a way that is not known here; its own loss cannot be "
-                "taken, so only method 'medusa1' can train heads for it"
+                f"{type(target).__name__} transforms its logits in an unknown way, so its own loss cannot be computed; "
+                "only method 'medusa1' can train heads for it"
             )
 
     def __call__(
         self,
         hidden: torch.Tensor,  # [..., hidden_size]
     ) -> torch.Tensor:
-        """Return ``[..., vocab_size]``."""
         return self.transform(self.lm_head(hidden))
 
 
 def _known_transforms(target: PreTrainedModel) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """List what the target's config may mean: nothing, a factor (Cohere), a divisor (Granite), a cap (Gemma 2)."""
+    """List the transforms that the config may mean: none, a factor (Cohere), a divisor (Granite), a cap (Gemma 2)."""
     config = target.config.get_text_config()
     transforms: list[Callable[[torch.Tensor], torch.Tensor]] = [partial(_scaled, 1.0)]
     for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):

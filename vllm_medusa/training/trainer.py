@@ -1,4 +1,4 @@
-"""The loop around both ways of training: ``transformers.Trainer``, which keeps only what is trained."""
+"""The training loop of Medusa-1 and Medusa-2: a ``transformers.Trainer`` that saves only trained parameters."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import Recipe
-from vllm_medusa.training.disk import disk_errors
 from vllm_medusa.training.losses import LabelCounts, count_labels
 from vllm_medusa.training.progress import ProgressBar
 from vllm_medusa.training.schedule import cosine_with_warmup
+from vllm_medusa.training.write_errors import explain_write_errors
 
 Blocks = Dataset[dict[str, torch.Tensor]] | Sequence[dict[str, torch.Tensor]]
-"""Blocks of one length, each ``{"input_ids": [length], "labels": [length]}``, int64."""
+"""Blocks of equal length, each ``{"input_ids": [length], "labels": [length]}``, int64."""
 
 UNFINISHED = ".unfinished"
-"""Where a checkpoint is written before it takes its name; what a killed run leaves there is never read."""
+"""The directory in which a checkpoint is written before it is renamed; the rest of a killed run's is never read."""
 
 
 def training_arguments(recipe: Recipe, output: Path, **options: Any) -> TrainingArguments:
-    """Translate a recipe for ``transformers.Trainer``; nothing is saved, evaluated or sent unless it is asked for."""
+    """Convert a recipe for ``transformers.Trainer``; by default nothing is saved, evaluated or reported."""
     defaults: dict[str, Any] = {
         "output_dir": str(output),
         "per_device_train_batch_size": recipe.batch_size,
@@ -59,14 +59,7 @@ def training_arguments(recipe: Recipe, output: Path, **options: Any) -> Training
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are trained alike.
-
-    Attributes:
-        parameters: the parameters.
-        learning_rate: their highest learning rate.
-        factor: the factor on it, from the step and the number of all steps.
-
-    """
+    """Parameters with one learning rate, ``learning_rate * factor(step, number of all steps)``."""
 
     parameters: list[nn.Parameter]
     learning_rate: float
@@ -76,20 +69,10 @@ class ParameterGroup:
 class MedusaTrainer(Trainer):
     """Trains a module that holds a ``target`` and its ``heads``.
 
-    Checkpoints hold what is trained, the optimizer, the schedule and the state of all chance; never a frozen target.
-    The module's ``forward(input_ids, labels, counts)`` returns a mapping: ``loss`` and, in training, further losses to
-    log; in evaluation, the arguments of ``HeldOut.of`` in their order. A step's loss is a mean over all its labels,
-    however they are spread over batches and devices (see ``LabelCounts``).
-
-    Args:
-        model: the module.
-        recipe: the settings.
-        arguments: the settings of ``transformers.Trainer``.
-        blocks: what to train on.
-        held_out: what to judge on.
-        show_progress: whether to draw a progress bar.
-        callbacks: further callbacks of ``transformers.Trainer``.
-
+    Checkpoints hold the trained parameters, the optimizer, the schedule and the random state, but no frozen target.
+    The module's ``forward(input_ids, labels, counts)`` returns a mapping with ``loss`` and, in training mode, further
+    losses to log; in evaluation mode, the arguments of ``HeldOut.of`` in their order. A step's loss is the mean over
+    all its labels, on all batches and devices (see ``LabelCounts``).
     """
 
     def __init__(
@@ -115,16 +98,11 @@ class MedusaTrainer(Trainer):
             callbacks=[*callbacks, *([self._progress] if show_progress else [])],
         )
         self.remove_callback(PrinterCallback)
-        # The losses of a step's batches are shares that add up; the base class would take their mean.
+        # The batches' losses are shares of the step's loss and add up; the base class would average them.
         self.model_accepts_loss_kwargs = True
 
     def fit(self, resume_from: Path | None = None) -> HeldOut:
-        """Train, from a checkpoint if one is given, and judge the result.
-
-        Raises:
-            OSError: a checkpoint cannot be written.
-
-        """
+        """Train, from a checkpoint if one is given, and evaluate; ``OSError`` if a checkpoint cannot be written."""
         try:
             self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         finally:
@@ -132,15 +110,14 @@ class MedusaTrainer(Trainer):
         return HeldOut.of(*self.predict(self.eval_dataset).predictions)
 
     def parameter_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
-        """Say how the trained parameters, given by name, are trained."""
+        """Group the trained parameters, given by name."""
         return [ParameterGroup(list(parameters.values()), self.recipe.learning_rate, self.heads_factor)]
 
     def heads_factor(self, step: int, total: int) -> float:
-        """Return the factor on the heads' learning rate."""
         return cosine_with_warmup(step, self.recipe.warmup_steps, total)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """Return the parameters that are trained, by their names in the module; all devices must call it."""
+        """Return the trained parameters by their names in the module; all processes must call this."""
         trained = _trained_parameters(self.model)
         if not self.is_fsdp_enabled:
             return {name: parameter.detach() for name, parameter in trained.items()}
@@ -151,7 +128,6 @@ class MedusaTrainer(Trainer):
     lr_scheduler: LambdaLR | None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make AdamW for the parameters that are trained."""
         if self.optimizer is None:
             self._groups = self.parameter_groups(_trained_parameters(self.model if model is None else model))
             self.optimizer = AdamW(
@@ -162,8 +138,6 @@ class MedusaTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Make the schedule of each group's learning rate."""
-
         def at_each_step(factor: Callable[[int, int], float]) -> Callable[[int], float]:
             return lambda step: factor(step, num_training_steps)
 
@@ -176,7 +150,10 @@ class MedusaTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], LabelCounts]:
-        """Return a step's batches on this device, and the step's labels per device, whose gradients are averaged."""
+        """Return this device's batches of a step, and the step's label counts.
+
+        The counts are those of all devices divided by the number of devices, since devices' gradients are averaged.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = torch.zeros(1 + self.recipe.num_heads, device=device)
         for batch in batches:
@@ -190,7 +167,7 @@ class MedusaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: LabelCounts | None = None,
     ) -> Any:
-        """Return the loss and keep its parts for the log."""
+        """Return the loss and keep its parts for ``log``."""
         if not model.training:
             outputs = model(**inputs)
         else:
@@ -201,7 +178,7 @@ class MedusaTrainer(Trainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss's parts to what is logged; all devices call it."""
+        """Log also the means of the loss's parts; all processes call this."""
         if "loss" in logs:
             means = {name: torch.stack(values).mean() for name, values in self._parts.items()}
             logs = logs | {name: float(self.accelerator.reduce(mean, "mean")) for name, mean in means.items()}
@@ -214,25 +191,25 @@ class MedusaTrainer(Trainer):
         super()._save(output_dir, {name: tensor.detach().contiguous() for name, tensor in state.items()})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint of something else; that it lacks the frozen target is as it should be."""
+        """Refuse a checkpoint of other parameters; the frozen target's are missing from every checkpoint."""
         wrong = sorted(
             _trained_parameters(self.model).keys() & load_result.missing_keys | {*load_result.unexpected_keys}
         )
         if wrong:
-            raise ValueError(f"the checkpoint does not fit the model: {wrong[0]} is in one of them only")
+            raise ValueError(f"the checkpoint does not fit the model: only one of them has {wrong[0]}")
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._checkpoint_root is None else str(self._checkpoint_root)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside and rename it, so that one that has its name is whole."""
+        """Write a checkpoint in another directory and rename it, so that every named checkpoint is complete."""
         root = Path(self.args.output_dir)
         self._checkpoint_root = root / UNFINISHED
         if self.args.should_save:
             shutil.rmtree(self._checkpoint_root, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            with disk_errors(root):
+            with explain_write_errors(root):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -247,12 +224,11 @@ class MedusaTrainer(Trainer):
 
 
 def is_of_heads(name: str) -> bool:
-    """Whether a parameter belongs to the heads rather than to the target."""
     return name.startswith("heads.")
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name the trained parameters as the module itself does, without what FSDP puts in front."""
+    """Return the trained parameters by name, without the prefixes that FSDP adds."""
     return {
         name.replace("_fsdp_wrapped_module.", ""): parameter
         for name, parameter in model.named_parameters()

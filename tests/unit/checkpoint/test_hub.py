@@ -19,7 +19,7 @@ def test_a_name_that_cannot_be_fetched_is_refused_in_one_line(tmp_path: Path) ->
     with pytest.raises(ValueError, match="file is a file; give the directory"):
         local_directory(str(tmp_path / "file"))
     with pytest.raises(
-        ValueError, match=r"no/heads is neither a directory nor a repository that can be fetched \("
+        ValueError, match=r"no/heads is neither a directory nor a repository that can be downloaded \("
     ) as error:
         local_directory("no/heads")
     assert "\n" not in str(error.value)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from tests.unit.full_disk import largest_file
 from tests.unit.published import (
     HIDDEN,
     VOCAB,
@@ -25,11 +25,12 @@ from tests.unit.published import (
     write_target,
 )
 from tests.unit.strategies import deterministic
+from tests.unit.tiny_targets import all_logits
 from vllm_medusa.checkpoint.conversion import Layout, convert
 from vllm_medusa.checkpoint.conversion import write_target as write_target_of
 from vllm_medusa.checkpoint.format import HeadsSpec, read_spec, read_state, write_heads
 from vllm_medusa.checkpoint.weight_files import WeightFile, Weights
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -97,10 +98,10 @@ def test_converted_heads_compute_what_the_original_ones_do(tmp_path: Path, num_l
     convert(tmp_path / "original", tmp_path / "served", Layout.SERVED)
     original = original_module(3, num_layers)
     original.load_state_dict(read_original(tmp_path / "original"))
-    served = MedusaHeads(read_spec(tmp_path / "served"), torch.zeros(VOCAB, HIDDEN))
+    served = TrainableHeads(read_spec(tmp_path / "served"), torch.zeros(VOCAB, HIDDEN))
     served.load_state_dict(read_state(tmp_path / "served"))
     hidden = torch.randn(5, HIDDEN)
-    torch.testing.assert_close(served(hidden), torch.stack([head(hidden) for head in original]))
+    torch.testing.assert_close(all_logits(served, hidden), torch.stack([head(hidden) for head in original]))
 
 
 @pytest.mark.parametrize("fc_bias", [True, False])
@@ -111,10 +112,10 @@ def test_the_original_code_loads_what_is_written_for_it_without_a_name_left_over
     convert(tmp_path / "served", tmp_path / "original", Layout.ORIGINAL)
     original = original_module(3, 1)
     original.load_state_dict(read_original(tmp_path / "original"), strict=True)
-    served = MedusaHeads(spec, torch.zeros(VOCAB, HIDDEN))
+    served = TrainableHeads(spec, torch.zeros(VOCAB, HIDDEN))
     served.load_state_dict(state)
     hidden = torch.randn(5, HIDDEN)
-    torch.testing.assert_close(torch.stack([head(hidden) for head in original]), served(hidden))
+    torch.testing.assert_close(torch.stack([head(hidden) for head in original]), all_logits(served, hidden))
 
 
 def prefixed(prefix: str) -> Callable[[State], State]:
@@ -210,7 +211,7 @@ def test_no_two_files_of_a_model_are_in_memory_at_once(tmp_path: Path, monkeypat
 
 
 def served(directory: Path, change: Callable[[State], State], **config: object) -> Path:
-    """Write served heads whose tensors have been tampered with."""
+    """Write heads in the served layout with changed tensors."""
     spec = HeadsSpec(HIDDEN, VOCAB, 2)
     state = change({name: torch.zeros(shape) for name, shape in spec.shapes().items()})
     directory.mkdir()
@@ -240,7 +241,11 @@ def without(*names: str) -> Callable[[State], State]:
         (without("lm_heads.1.weight"), {"original_lm_head": False}, r"lack lm_heads\.1\.weight"),
         (without("lm_heads.0.weight", "lm_heads.1.weight"), {}, "no LM heads of their own; .* --target"),
         (lambda state: {"lm_heads.0.weight": state["lm_heads.0.weight"]}, {}, "no residual layers"),
-        (lambda state: state | {"2.3.weight": torch.zeros(1)}, {}, "2.3.weight is .* after 3 layers, but there are 1"),
+        (
+            lambda state: state | {"2.3.weight": torch.zeros(1)},
+            {},
+            "2.3.weight is named .* after 3 layers, but there are 1",
+        ),
         (
             lambda state: state | {"0.0.linear.bias": torch.zeros(HIDDEN)},
             {},
@@ -272,7 +277,9 @@ def test_the_target_names_the_model_of_heads_that_do_not(tmp_path: Path, target:
     assert json.loads((tmp_path / "named" / "config.json").read_text())["base_model_name_or_path"] == "some/model"
     convert(tmp_path / "named", tmp_path / "kept", layout, target, base_model="another/model")
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["base_model_name_or_path"] == "some/model"
-    with pytest.raises(ValueError, match="does not name the heads' model, which the original code must know"):
+    with pytest.raises(
+        ValueError, match=r"does not name the heads' model .*, which the original code needs; give --target"
+    ):
         convert(tmp_path / "heads", tmp_path / "nameless", Layout.ORIGINAL)
 
 
@@ -305,7 +312,7 @@ def test_heads_of_other_sizes_than_their_target_are_refused_with_both(
         ("medusa_lm_head.pt", b"no pickle", "medusa_lm_head.pt is not a readable file of tensors"),
         ("medusa_lm_head.safetensors", b"no header", "medusa_lm_head.safetensors is not a readable safetensors file"),
         ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is no index of weights"),
-        ("hydra_lm_head.pt", b"", "no weights that are known here; it needs .* it has config.json, hydra_lm_head.pt"),
+        ("hydra_lm_head.pt", b"", "no known weight file; it needs .* it has config.json, hydra_lm_head.pt"),
     ],
 )
 def test_damaged_and_missing_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -347,11 +354,6 @@ def test_a_directory_in_use_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", Layout)
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, layout: Layout) -> None:
     write_original(tmp_path / "original", 4)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # Writing beyond it fails as on a full disk.
-    try:
-        with pytest.raises((OSError, SafetensorError), match="too large"):
-            convert(tmp_path / "original", tmp_path / "output", layout)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with largest_file(1024), pytest.raises((OSError, SafetensorError), match="too large"):
+        convert(tmp_path / "original", tmp_path / "output", layout)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]

@@ -9,7 +9,7 @@ NEEDED = ["train", "--target", "T", "--data", "a.jsonl", "--output", "out"]
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What reaches the training, which does not take place."""
+    """The configs of the training runs, which are not started."""
     configs = []
     monkeypatch.setattr("vllm_medusa.training.run.run_training", lambda config, command: configs.append(config))
     return configs

@@ -1,4 +1,4 @@
-"""The chat templates are those of well-known models, shortened; the tokenizer is trained on the spot."""
+"""The chat templates are shortened ones of well-known models; the tokenizer is trained here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.unit.strategies import deterministic
 from vllm_medusa.data.chat import encode_conversation, encode_prompt
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.data.records import Message, Role
 from vllm_medusa.demo.tokenizer import train_tokenizer
-from vllm_medusa.training.losses import IGNORED
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template, and what goes around each message when it renders."""
+    """A chat template, and what it writes after an answer."""
 
     jinja: str
     end_of_turn: str
@@ -94,7 +94,7 @@ def conversation(turns: tuple[str, ...] = TURNS, system: str | None = None) -> l
 
 
 def learnt_stretches(labels: list[int]) -> list[list[int]]:
-    """Split the labels at what is ignored."""
+    """Return the runs of labels between ignored ones."""
     stretches: list[list[int]] = [[]]
     for label in labels:
         if label != IGNORED:
@@ -176,7 +176,9 @@ def test_a_tokenizer_without_a_chat_template_is_refused(vocabulary: PreTrainedTo
 def test_what_the_template_refuses_is_refused_in_one_line(vocabulary: PreTrainedTokenizerFast):
     tokenizer = using(vocabulary, LLAMA_2)
     refused(
-        tokenizer, conversation()[1:], "the chat template refuses it: Conversation roles must alternate user/assistant"
+        tokenizer,
+        conversation()[1:],
+        "the chat template refuses the messages: Conversation roles must alternate user/assistant",
     )
 
 

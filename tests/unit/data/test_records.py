@@ -171,7 +171,7 @@ def test_an_array_is_read_alike_in_chunks_of_any_size(values: list[Any], indent:
         ("[1\n2]", "expected ',' or ']', got '2'", 2),
         ("[1,\n]", "Expecting value", 2),
         ('[{"a": 1,\n"b" 2}]', "Expecting ':' delimiter", 2),
-        ("[1]\n[2]", r"'\[' follows its end", 2),
+        ("[1]\n[2]", r"'\[' follows the array's end", 2),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
+from vllm_medusa.data.prompts import parse_prompt
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines, Source
 from vllm_medusa.data.records import Completion, Conversation, Record, TurnTokens
-from vllm_medusa.data.seeds import parse_seed
 from vllm_medusa.distillation.dialogue import Answer, Dialogue, PromptStyle, Sampling
 
 
 def dialogue(value: Any, style: PromptStyle = PromptStyle.CHAT) -> Dialogue:
     sampling = Sampling((0.0,), 8, 0)
-    return Dialogue(Source(Path("p"), 1), 0, parse_seed(value), style, sampling, BadLineCounter(BadLines.REFUSE))
+    return Dialogue(Source(Path("p"), 1), 0, parse_prompt(value), style, sampling, BadLineCounter(BadLines.REFUSE))
 
 
 def turns(*contents: str, system: str | None = None) -> dict[str, Any]:
@@ -36,17 +36,17 @@ def test_every_answer_is_the_target_s_own_on_top_of_its_former_ones():
     heard = []
     for text in ("A", "B", "C"):
         heard.append([message.content for message in talk.messages])
-        talk.hear(answer(text, 1))
+        talk.add_answer(answer(text, 1))
     assert heard == [["brief", "a"], ["brief", "a", "A", "b"], ["brief", "a", "A", "b", "B", "c"]]
     assert not talk.is_open
     expected = [("system", "brief"), *zip(("user", "assistant") * 3, "aAbBcC", strict=True)]
     assert said(talk.record()) == expected
 
 
-@pytest.mark.parametrize("end", [lambda talk: talk.hear(answer(" \n")), lambda talk: talk.refuse("too long")])
+@pytest.mark.parametrize("end", [lambda talk: talk.add_answer(answer(" \n")), lambda talk: talk.refuse("too long")])
 def test_a_dialogue_that_ends_early_keeps_what_was_answered(end: Any):
     talk = dialogue(turns("a", "-", "b", "-", "c"))
-    talk.hear(answer("A", 1))
+    talk.add_answer(answer("A", 1))
     end(talk)
     assert not talk.is_open
     assert said(talk.record()) == [("user", "a"), ("assistant", "A")]
@@ -54,7 +54,7 @@ def test_a_dialogue_that_ends_early_keeps_what_was_answered(end: Any):
 
 def test_a_prompt_that_nothing_is_answered_to_leaves_no_record():
     talk = dialogue(turns("a"))
-    talk.hear(answer(""))
+    talk.add_answer(answer(""))
     assert talk.record() is None
 
 
@@ -65,19 +65,19 @@ def test_a_prompt_that_the_target_refuses_is_a_bad_line():
 
 def test_tokens_are_recorded_where_all_are_known():
     talk = dialogue(turns("a", "-", "b"))
-    talk.hear(answer("A", 1, 2))
-    talk.hear(answer("B", 3))
+    talk.add_answer(answer("A", 1, 2))
+    talk.add_answer(answer("B", 3))
     assert [turn.completion_ids for turn in talk.record().tokens] == [(1, 2), (3,)]
     talk = dialogue(turns("a", "-", "b"))
-    talk.hear(answer("A", 1, 2))
-    talk.hear(answer("B"))
+    talk.add_answer(answer("A", 1, 2))
+    talk.add_answer(answer("B"))
     assert talk.record().tokens == ()
 
 
 @pytest.mark.parametrize("value", [turns("a", "-", "b", system="s"), {"prompt": "a"}, {"text": "a"}])
 def test_what_is_to_be_continued_is_the_first_turn(value: dict[str, Any]):
     talk = dialogue(value, PromptStyle.COMPLETION)
-    talk.hear(answer(" A", 1, 2))
+    talk.add_answer(answer(" A", 1, 2))
     assert not talk.is_open
     tokens = (TurnTokens(prompt_ids=(9,), completion_ids=(1, 2)),)
     assert talk.record() == Completion(prompt="a", completion=" A", tokens=tokens)
@@ -96,12 +96,12 @@ def test_what_is_to_be_continued_is_the_first_turn(value: dict[str, Any]):
 )
 def test_a_line_without_a_prompt_is_refused_in_one_line(value: Any, reason: str):
     with pytest.raises(ValueError, match=reason) as refused:
-        parse_seed(value)
+        parse_prompt(value)
     assert "\n" not in str(refused.value)
 
 
 def test_an_empty_answer_in_the_prompts_is_no_matter():
-    assert parse_seed(turns("a", "")).first_prompt.content == "a"
+    assert parse_prompt(turns("a", "")).first_user_message.content == "a"
 
 
 def test_temperatures_and_seeds_follow_from_the_seed_and_the_prompt_alone():

@@ -1,9 +1,8 @@
-"""Self-distillation from a target that is a function; the real ones are in tests/integration/test_distill.py."""
+"""Self-distillation with a fake target; tests/integration/test_distill.py has real ones."""
 
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.full_disk import largest_file
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines, read_records
 from vllm_medusa.data.records import Conversation, Record, TurnTokens
 from vllm_medusa.distillation.dialogue import Answer, Dialogue, OnAnswer, PromptStyle
@@ -22,12 +22,12 @@ CONFIG = DistillConfig(model="echo", style=PromptStyle.CHAT, temperature=(0.0, 0
 
 
 class Killed(BaseException):
-    """Ends the process, as far as these tests go."""
+    """Stands for the end of the process."""
 
 
 @dataclass
 class Echo:
-    """Says what it is told, with the turn's temperature and seed; nothing to "hush", and takes no "x"."""
+    """Echoes a prompt with the turn's temperature and seed; answers "hush" with "" and refuses "x"."""
 
     settings: dict[str, Any] = field(default_factory=lambda: {"engine": "echo"})
     tells_tokens: bool = True
@@ -53,7 +53,7 @@ class Echo:
                 text = "" if said == "hush" else f"{said} {sampling.temperature} {sampling.seed}"
                 ids = TurnTokens(prompt_ids=(len(dialogue.messages),), completion_ids=(1, 2))
                 answer = Answer(text, 2, ids if self.tells_tokens else None)
-                dialogue.hear(answer)
+                dialogue.add_answer(answer)
                 on_answer(dialogue, answer)
 
 
@@ -138,7 +138,7 @@ def test_a_finished_set_starts_no_target(prompts: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"max_tokens": 64}, "begun with max_tokens 1024, now it is 64; give what it was begun with, or another dir"),
+        ({"max_tokens": 64}, "begun with max_tokens 1024, now it is 64; give the former max_tokens, or another dir"),
         ({"temperature": (0.0,)}, r"begun with temperature \[0.0, 0.5, 1.0\], now it is \[0.0\]"),
         ({"seed": 1}, "begun with seed 0, now it is 1"),
         ({"style": PromptStyle.COMPLETION}, 'begun with style "chat", now it is "completion"'),
@@ -201,17 +201,6 @@ def test_prompts_without_a_record_are_told_by_the_counts(tmp_path: Path):
     assert manifest.counts == Counts(prompts=4, records=2, tokens=4)
     assert (counter.count, counter.first) == (1, f"{file}:4: too long")
     assert len(records(tmp_path / "set")) == 2
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse to write more into a file; it does so as on a full disk but for the reason it gives."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_full_disk_ends_the_run_with_nothing_half_written(prompts: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What a server may do other than answer; that it answers as vLLM does in this process is tested in tests/e2e."""
+"""Requests to a stub server and its errors; tests/e2e compares a real server's answers with those of ``vllm.LLM``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from tests.unit.stub_server import CHAT, MODELS, TEXT, serve
+from vllm_medusa.data.prompts import Prompt, parse_prompt
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines, Source
 from vllm_medusa.data.records import Completion, Conversation, TurnTokens
-from vllm_medusa.data.seeds import Seed, parse_seed
 from vllm_medusa.distillation import served_target
 from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling
 from vllm_medusa.distillation.served_target import ServedTarget
 
 SAMPLING = Sampling((0.5,), 8, seed=3)
-DIALOGUE = parse_seed({"messages": [{"role": "user", "content": content} for content in ("a", "b")]})
+DIALOGUE = parse_prompt({"messages": [{"role": "user", "content": content} for content in ("a", "b")]})
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,8 @@ def _no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_target, "RETRIES", 0)
 
 
-def dialogue(seed: Seed = DIALOGUE, style: PromptStyle = PromptStyle.CHAT) -> Dialogue:
-    return Dialogue(Source(Path("p"), 1), 0, seed, style, SAMPLING, BadLineCounter(BadLines.REFUSE))
+def dialogue(prompt: Prompt = DIALOGUE, style: PromptStyle = PromptStyle.CHAT) -> Dialogue:
+    return Dialogue(Source(Path("p"), 1), 0, prompt, style, SAMPLING, BadLineCounter(BadLines.REFUSE))
 
 
 def converse(url: str, *dialogues: Dialogue, model: str = "tiny") -> list[int]:
@@ -57,7 +57,7 @@ def test_a_dialogue_is_sent_turn_by_turn_with_its_sampling():
 def test_tokens_are_kept_where_the_server_tells_them():
     told = CHAT | {"prompt_token_ids": [1, 2], "choices": [CHAT["choices"][0] | {"token_ids": [3, 4]}]}
     with serve(models=(200, MODELS), chat_completions=(200, told)) as (url, _):
-        talk = dialogue(parse_seed({"prompt": "a"}))
+        talk = dialogue(parse_prompt({"prompt": "a"}))
         converse(url, talk)
     assert talk.record().tokens == (TurnTokens(prompt_ids=(1, 2), completion_ids=(3, 4)),)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.evaluated import write_random_heads
+from tests.unit.full_disk import largest_file
 from tests.unit.strategies import deterministic
 from vllm_medusa.evaluation.calibration import Calibration, write_calibration
 from vllm_medusa.tree.static import available_nodes, best_first, chain, expected_acceptance_length
@@ -38,7 +38,7 @@ def test_each_size_is_the_best_tree_of_that_size_with_its_expected_length(
 
 @pytest.mark.parametrize("nodes", [0, AVAILABLE + 1])
 def test_a_size_that_the_accuracies_do_not_give_is_refused(nodes: int) -> None:
-    with pytest.raises(ValueError, match=rf"nodes must be within 1..{AVAILABLE}, what 2 heads of 3 .* got {nodes}"):
+    with pytest.raises(ValueError, match=rf"nodes must be within 1..{AVAILABLE} for 2 heads of 3 .* got {nodes}"):
         Calibration.of(ACCURACIES, nodes=64).tree(nodes)
 
 
@@ -69,12 +69,7 @@ def test_what_is_read_back_grows_the_written_tree(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_config(tmp_path: Path) -> None:
     heads = write_random_heads(tmp_path / "heads")
     before = (heads / "config.json").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # Writing beyond it fails as on a full disk.
-    try:
-        with pytest.raises(OSError, match="too large"):
-            write_calibration(heads, Calibration.of(ACCURACIES, nodes=8), 8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with largest_file(64), pytest.raises(OSError, match="too large"):
+        write_calibration(heads, Calibration.of(ACCURACIES, nodes=8), 8)
     assert (heads / "config.json").read_bytes() == before
     assert sorted(path.name for path in heads.iterdir()) == ["config.json", "model.safetensors"]

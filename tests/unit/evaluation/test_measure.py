@@ -8,12 +8,11 @@ from transformers import LlamaForCausalLM
 
 from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
 from tests.unit.published import write_original
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.demo.tokenizer import EOS_ID
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.evaluation.measure import Evaluation, evaluate_heads, load_heads
-from vllm_medusa.training.heads import MedusaHeads
-from vllm_medusa.training.losses import IGNORED
+from vllm_medusa.training.heads import TrainableHeads
 
 RANKS = 4
 
@@ -32,18 +31,18 @@ def target(models: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def heads(models: Path, target: LlamaForCausalLM) -> MedusaHeads:
+def heads(models: Path, target: LlamaForCausalLM) -> TrainableHeads:
     return load_heads(models / "heads", models / "target", target)
 
 
 def random_samples(count: int = 5) -> list[Sample]:
-    """Texts of several lengths, the first tokens of each a prompt without labels."""
+    """Texts of several lengths; the first tokens are a prompt without labels."""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(2, VOCAB, (6 + 5 * n,), generator=generator).tolist() for n in range(count)]
     return [Sample(text, [IGNORED] * 3 + text[3:]) for text in texts]
 
 
-def brute_force(target: LlamaForCausalLM, heads: MedusaHeads, samples: list[Sample]) -> Evaluation:
+def brute_force(target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample]) -> Evaluation:
     """Head k at position t is right at rank r if its token of that rank is the label at t + 1 + k."""
     hits = [[0] * RANKS for _ in range(HEADS)]
     positions = [0] * HEADS
@@ -62,13 +61,13 @@ def brute_force(target: LlamaForCausalLM, heads: MedusaHeads, samples: list[Samp
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_accuracies_are_shares_of_the_positions_that_have_a_label(
-    target: LlamaForCausalLM, heads: MedusaHeads, batch_size: int
+    target: LlamaForCausalLM, heads: TrainableHeads, batch_size: int
 ) -> None:
     samples = random_samples()
     for sample in samples:
         with torch.no_grad():
             hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
-        for rank in range(RANKS):  # Nothing is right by chance: the last tokens are what head 1 takes for them.
+        for rank in range(RANKS):  # So that each of head 1's ranks is right at least once.
             sample.labels[-rank - 1] = heads.logits(0, hidden[-rank - 3]).topk(RANKS).indices[rank].item()
     found = evaluate_heads(target, heads, samples, RANKS, batch_size, show_progress=False)
     expected = brute_force(target, heads, samples)
@@ -81,9 +80,9 @@ def test_top_k_accuracies_add_up_the_ranks() -> None:
     assert Evaluation([[0.5, 0.25, 0.125]], [8]).top_k == [[0.5, 0.75, 0.875]]
 
 
-def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: MedusaHeads) -> None:
+def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: TrainableHeads) -> None:
     text = [5, 6, 7, 8]
-    with pytest.raises(ValueError, match="head 3 has nothing to foretell in 1 texts: it looks 4 tokens ahead"):
+    with pytest.raises(ValueError, match="head 3 has nothing to predict in 1 texts: it predicts 4 tokens ahead"):
         evaluate_heads(target, heads, [Sample(text, text)], show_progress=False)
 
 

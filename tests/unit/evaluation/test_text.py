@@ -7,11 +7,10 @@ import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from tests.unit.evaluated import write_target
-from vllm_medusa.data.packing import Sample
+from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.distillation.dialogue import PromptStyle
 from vllm_medusa.evaluation.text import Sources, held_out_samples
-from vllm_medusa.training.losses import IGNORED
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -108,7 +107,7 @@ def test_a_conversation_needs_a_chat_template(
     [
         ({"question": "x"}, "holds 'question'; give"),
         (["x"], "must be a JSON object"),
-        ({"prompt": "x" * 500}, r"the prompt has \d+ tokens; .* there is room for 92"),
+        ({"prompt": "x" * 500}, r"the prompt has \d+ tokens, .* leaves room for 92"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_refused_by_its_place_or_skipped(
@@ -119,7 +118,7 @@ def test_a_line_that_is_no_prompt_is_refused_by_its_place_or_skipped(
         samples(target, tokenizer, prompts=prompts)
     assert "\n" not in str(error.value)
     assert len(samples(target, tokenizer, prompts=prompts, bad_lines=BadLines.SKIP)) == 1
-    with pytest.raises(ValueError, match=rf"no good line in .*\.jsonl: .*only\.jsonl:1: .*{message}"):
+    with pytest.raises(ValueError, match=rf"no valid line in .*\.jsonl: .*only\.jsonl:1: .*{message}"):
         samples(target, tokenizer, prompts=lines(tmp_path / "only.jsonl", value), bad_lines=BadLines.SKIP)
 
 
@@ -127,7 +126,7 @@ def test_the_targets_own_limit_goes_before_a_greater_length(
     target: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     prompts = lines(tmp_path / "prompts.jsonl", {"prompt": "x" * 500})
-    with pytest.raises(ValueError, match="there is room for 120"):  # Of 128 positions.
+    with pytest.raises(ValueError, match="leaves room for 120"):  # Of 128 positions.
         samples(target, tokenizer, prompts=prompts, max_length=4096)
 
 

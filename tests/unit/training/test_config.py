@@ -55,8 +55,8 @@ def test_a_value_out_of_bounds_is_refused_by_name_on_one_line(name, value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rat": 1}, "learning_rat is no setting; did you mean learning_rate"),
-        ({"zzz": 1}, "zzz is no setting; known are batch_size, "),
+        ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate"),
+        ({"zzz": 1}, "unknown setting zzz; known settings: batch_size, "),
         ({"method": "medusa3"}, "method: input should be 'medusa1' or 'medusa2', got 'medusa3'"),
         ({"num_heads": "four"}, "num_heads: input should be a valid integer.*, got 'four'"),
         ({"data": []}, "data: tuple should have at least 1 item"),

@@ -3,9 +3,9 @@ import torch
 from torch.nn import functional
 
 from vllm_medusa.checkpoint.format import HeadsSpec
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.data.packing import IGNORED
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.losses import (
-    IGNORED,
     LabelCounts,
     count_labels,
     distillation_loss,
@@ -18,9 +18,9 @@ SPEC = HeadsSpec(hidden_size=8, vocab_size=16, num_heads=3)
 
 
 @pytest.fixture
-def heads() -> MedusaHeads:
+def heads() -> TrainableHeads:
     torch.manual_seed(0)
-    heads = MedusaHeads(SPEC, torch.randn(16, 8))
+    heads = TrainableHeads(SPEC, torch.randn(16, 8))
     for parameter in heads.blocks.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return heads
@@ -36,7 +36,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(16, (2, 11), generator=torch.Generator().manual_seed(2))
 
 
-def by_hand(heads: MedusaHeads, hidden: torch.Tensor, labels: torch.Tensor, decay: float) -> torch.Tensor:
+def by_hand(heads: TrainableHeads, hidden: torch.Tensor, labels: torch.Tensor, decay: float) -> torch.Tensor:
     """Equation 1 position by position: head k (from 1) at t against the label at t + 1 + k."""
     total = torch.zeros(())
     for k in range(1, SPEC.num_heads + 1):

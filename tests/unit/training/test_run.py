@@ -12,7 +12,7 @@ from tests.unit.tiny_targets import VOCABULARY, build, counting
 from vllm_medusa.checkpoint.conversion import Layout, convert
 from vllm_medusa.checkpoint.format import read_spec, read_state
 from vllm_medusa.training.config import TrainConfig
-from vllm_medusa.training.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
 from vllm_medusa.training.run import run_training
 
@@ -98,14 +98,14 @@ def test_medusa_2_writes_a_target_that_predicts_as_it_was_trained_to(settings, d
     assert result.target is not None
     target = AutoModelForCausalLM.from_pretrained(result.target)
     tokenizer = AutoTokenizer.from_pretrained(result.target)
-    heads = MedusaHeads(read_spec(result.heads), torch.zeros(VOCABULARY, 32))
+    heads = TrainableHeads(read_spec(result.heads), torch.zeros(VOCABULARY, 32))
     heads.load_state_dict(read_state(result.heads))
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     tokens = torch.tensor(tokenizer(texts)["input_ids"])[:, :24]
     with torch.no_grad():
         lm_loss = target(input_ids=tokens, labels=tokens).loss.item()
         head = heads.logits(0, final_hidden_states(target, tokens)).argmax(-1)[:, :-2]
-    # Blocks are pieces of 24 tokens of these texts; the figures are over their beginnings and their ends.
+    # These are the beginnings of the texts; the run's metrics also cover their ends, in blocks of 24 tokens.
     assert lm_loss == pytest.approx(result.after.lm_loss, abs=0.1)
     assert (head == tokens[:, 2:]).float().mean().item() == pytest.approx(result.after.top1[0], abs=0.15)
 
@@ -138,7 +138,7 @@ def test_the_table_tells_before_from_after(settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_length": 4096}, r"data gives 1 blocks of 4096 tokens \(block_length\), and 2 are needed"),
+        ({"block_length": 4096}, r"data gives 1 blocks of 4096 tokens \(block_length\), but 2 are needed"),
         ({"target": "/nowhere"}, "target '/nowhere' has no tokenizer"),
     ],
 )

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.unit.tiny_targets import build, counting
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.config import Medusa2Recipe, Recipe
-from vllm_medusa.training.losses import IGNORED
 from vllm_medusa.training.medusa1 import Medusa1, labelled
 from vllm_medusa.training.medusa2 import Medusa2, Medusa2Trainer
 from vllm_medusa.training.trainer import UNFINISHED, MedusaTrainer, training_arguments

@@ -1,4 +1,4 @@
-"""The prompts from which a target writes its own training set: of any conversation, what the users say."""
+"""The prompts to which a target writes its own training set: single prompts, or the user's turns of conversations."""
 
 from __future__ import annotations
 
@@ -16,56 +16,54 @@ from vllm_medusa.data.records import (
     Role,
     as_object,
     refuse_empty_turns,
+    shown_keys,
 )
 from vllm_medusa.data.validation import validated
 
 PROMPT_KEYS = ("prompt", "text")
-"""Where a prompt that is no conversation may stand."""
+"""Keys for a single prompt."""
 
 
-class Seed(FrozenModel):
-    """Messages of which the user's are to be answered; an assistant's answers, if there are any, count for nothing."""
+class Prompt(FrozenModel):
+    """Messages of which the target answers the user's; answers that are already there are replaced."""
 
     messages: Annotated[tuple[Message, ...], Field(validation_alias=AliasChoices(*MESSAGE_KEYS))]
 
     @model_validator(mode="after")
-    def _has_prompts(self) -> Self:
+    def _has_questions(self) -> Self:
         refuse_empty_turns(self.messages, Role.USER)
         if not any(message.role is Role.USER for message in self.messages):
             raise ValueError("no turn is the user's, so there is nothing to answer")
         return self
 
     @property
-    def prompts(self) -> tuple[Message, ...]:
-        """The system's and the user's messages."""
+    def without_answers(self) -> tuple[Message, ...]:
         return tuple(message for message in self.messages if message.role is not Role.ASSISTANT)
 
     @property
-    def first_prompt(self) -> Message:
-        """What the user says first."""
+    def first_user_message(self) -> Message:
         return next(message for message in self.messages if message.role is Role.USER)
 
 
-def parse_seed(value: Any) -> Seed:
-    """Make a seed of what a line of a file holds.
+def parse_prompt(value: Any) -> Prompt:
+    """Parse the JSON value of one line.
 
     Args:
         value: a conversation in ShareGPT's or OpenAI's form, ``{"prompt"}`` or ``{"text"}``.
 
     Raises:
-        ValueError: it is none of these; one line.
+        ValueError: the value is none of these; the message is one line.
 
     """
     fields = as_object(value)
     if any(key in fields for key in MESSAGE_KEYS):
-        return validated(Seed, fields)
+        return validated(Prompt, fields)
     for key in PROMPT_KEYS:
         if key in fields:
-            return validated(Seed, {"messages": [{"role": Role.USER, "content": fields[key]}]})
-    keys = ", ".join(map(repr, fields)) or "no keys"
-    raise ValueError(f"holds {keys}; give 'messages', 'conversations', 'prompt' or 'text'")
+            return validated(Prompt, {"messages": [{"role": Role.USER, "content": fields[key]}]})
+    raise ValueError(f"holds {shown_keys(fields)}; give 'messages', 'conversations', 'prompt' or 'text'")
 
 
-def read_seeds(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Seed]]:
-    """Read prompts, one after another; see ``parsed_lines`` for the files: of plain text, each line is a prompt."""
-    return parsed_lines(files, parse_seed, bad_lines)
+def read_prompts(files: Sequence[Path], bad_lines: BadLineCounter) -> Iterator[tuple[Source, Prompt]]:
+    """Read prompts one by one: ``parse_prompt`` for each of the ``parsed_lines``."""
+    return parsed_lines(files, parse_prompt, bad_lines)

@@ -1,4 +1,4 @@
-"""Errors of the disk, which the libraries that write weights report each in its own way."""
+"""Turn the errors of failed writes, which differ between libraries, into ``OSError``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
-"""What ``torch.save`` names in the ``RuntimeError`` that it raises when a file cannot be written to its end."""
+"""Names in the ``RuntimeError`` that ``torch.save`` raises if a write fails."""
 
 
 @contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
-    """Raise whatever goes wrong with the disk in this context as one ``OSError`` that names the directory."""
+def explain_write_errors(directory: Path) -> Iterator[None]:
+    """Raise an ``OSError`` that names the directory if a write in this context fails."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -22,5 +22,5 @@ def disk_errors(directory: Path) -> Iterator[None]:
             raise
         raise OSError(
             f"cannot write to {directory}: {error}; make room there and give the same command again, "
-            "which goes on from the last whole checkpoint"
+            "which resumes from the last complete checkpoint"
         ) from None

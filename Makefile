@@ -29,7 +29,7 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(INSTALLED): pyproject.toml requirements/cpu.txt
+$(INSTALLED): pyproject.toml requirements/cpu.txt vllm_medusa/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vllm-medusa needs Python 3.11 or newer: set PYTHON")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c requirements/cpu.txt -e '.[cpu,ray,train,dev]'

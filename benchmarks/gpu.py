@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What trees cost on a GPU: the kernels against memory bandwidth, and an engine's step against plain decoding.
 
 Weights, keys and values are random: time does not depend on them. Kernels run from CUDA graphs, each call on a cache of

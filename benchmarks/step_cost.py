@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step costs by its number of rows: tree steps of vllm_medusa against chain steps of stock vLLM.
 
 Both verify drafts that are random, so nothing is accepted and every step has the same rows; both run the same target,

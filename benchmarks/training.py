@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare ways to train heads for the demo's target: whose text they learn from, and whether the target learns too.
 
     python benchmarks/training.py --output build/training.json

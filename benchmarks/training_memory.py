@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of Medusa-1 training: the loss in chunks against one that holds all heads' logits at once.
 
 Each figure is taken in a process of its own, as the highest resident set (``ru_maxrss``) on the CPU. The target is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode a few prompts offline with Medusa heads and print what speculation gained.
 
     python examples/offline.py TARGET HEADS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Complete and stream through ``vllm serve`` with the official OpenAI client.
 
 Start a server first; with the models of ``make demo``, on 2 CPU cores, it answers in seconds:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write text and prompts out of Python's standard library: data for the other examples and for benchmarks/training.py.
 
     python examples/standard_library_text.py TARGET DIRECTORY

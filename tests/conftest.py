@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all tests share: the engine's environment and the tiny models."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny target and its heads, trained once per version of their settings and kept under ``build/test-models``."""
 
 from __future__ import annotations

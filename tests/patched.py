@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stands at this moment in the places of vLLM that the plugin patches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets vLLM's Triton kernels, and with them model runner V2, run on a CPU, in Triton's interpreter.
 
 To be imported before vLLM is: vLLM leaves Triton alone on machines where no Triton backend answers for the device.

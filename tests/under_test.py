@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which engine the integration tests run on: V1 and the CPU's attention, unless ``TEST_ENGINE`` says otherwise.
 
 ``TEST_ENGINE="v2"`` is vLLM's model runner V2, in Triton's interpreter; ``"v2 triton"`` adds the attention that GPUs

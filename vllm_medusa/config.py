@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of ``--speculative-config '{"method": "medusa", ...}'``: one typed class, all errors at start-up."""
 
 from __future__ import annotations

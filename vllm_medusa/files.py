@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Atomic writes: a reader sees a file or directory as it was before, or complete."""
 
 from __future__ import annotations

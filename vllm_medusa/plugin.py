@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The entry point that vLLM calls in every process: API server, engine core and workers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The versions of the packages that weights and text depend on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of several ranks decode."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes of their own that may be killed, forked from one that has imported what takes long to import."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a tensor-parallel engine says, and that it leaves nothing behind."""
 
 from __future__ import annotations

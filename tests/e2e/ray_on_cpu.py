@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vLLM refuses Ray on CPUs, because its CPU platform names no device for Ray to count; for tests this names one."""
 
 from __future__ import annotations

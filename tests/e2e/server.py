@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real ``vllm serve`` processes: started on a free port, watched until they are ready, and gone without a trace."""
 
 from __future__ import annotations

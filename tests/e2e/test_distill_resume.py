@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vllm-medusa distill`` that is killed and started again writes what it would have written in one go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-distillation from ``vllm serve``: the same records as from an engine in the test's own process."""
 
 from __future__ import annotations

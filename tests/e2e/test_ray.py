@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two ranks in two Ray workers: the plugin loads in processes that vLLM did not start."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vllm serve`` with Medusa, through the official client: it says what plain decoding says, and survives errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two ranks on one machine, vLLM's multiprocessing executor."""
 
 from __future__ import annotations

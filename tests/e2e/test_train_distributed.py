@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training in two processes, as on two devices."""
 
 from __future__ import annotations

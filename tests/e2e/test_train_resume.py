@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training process that is killed and started again ends where an undisturbed one ends, bit by bit."""
 
 from __future__ import annotations

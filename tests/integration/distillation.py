@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the tests of self-distillation: a chat template, prompts, and a target on an open engine."""
 
 from __future__ import annotations

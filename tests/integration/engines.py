@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real engines in the test's own process, and ways to drive and to watch them."""
 
 from __future__ import annotations

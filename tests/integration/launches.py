@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the plugin's code asks of the device in a step: kernels, and results that it would have to wait for."""
 
 from __future__ import annotations

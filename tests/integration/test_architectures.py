@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kinds of attention and of models: what a branching tree serves as stock vLLM does, and what the start refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-distillation with a real engine: records hold the target's own answers."""
 
 from __future__ import annotations

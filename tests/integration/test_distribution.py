@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling with trees draws from the target's own distribution."""
 
 from __future__ import annotations

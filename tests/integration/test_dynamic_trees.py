@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trees that each request's heads choose anew every step give stock vLLM's text, in fewer steps than one fixed tree."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measured accuracies and converted checkpoints are right in the engine."""
 
 from __future__ import annotations

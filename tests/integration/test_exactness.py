@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy decoding with trees emits the very tokens of stock vLLM without speculation, however requests are batched."""
 
 from __future__ import annotations

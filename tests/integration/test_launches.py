@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """On model runner V2 a decode step launches few kernels of ours, and nothing in it waits for the device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine that does not ask for Medusa is stock vLLM, whether the plugin is loaded or not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeded requests emit with trees what they emit in stock vLLM without speculation, whatever their parameters."""
 
 from __future__ import annotations

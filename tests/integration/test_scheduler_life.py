@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A request's life in the scheduler: whatever happens to it while trees are verified, its text is stock vLLM's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heads' inputs and predictions in vLLM are those of training, position by position."""
 
 from __future__ import annotations

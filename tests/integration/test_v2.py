@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine's tests once more on vLLM's model runner V2, each kind of engine in a process of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of Triton kernels on a CPU, in Triton's interpreter.
 
 Triton decides at its import whether to interpret, for the whole process, so ``tests/unit/test_triton_kernels.py`` runs

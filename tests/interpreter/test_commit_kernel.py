@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The KV commit in one launch against the moves that the step asks for."""
 
 from __future__ import annotations

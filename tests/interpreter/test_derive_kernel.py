@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's trees in one launch against those derived by pointer jumping."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels of tree attention against the dense reference, row by row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU backends around the kernel: what goes to it, what to vLLM's own, and what a captured step reads in replay."""
 
 from __future__ import annotations

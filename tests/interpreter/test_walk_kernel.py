@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The walk in one launch against the walk level by level."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A random target with a tokenizer, its random heads, and texts to evaluate them on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random checkpoints in the published layouts of Medusa heads, and a small target for them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random draft trees and batches of them, and settings that make a property test the same on every run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An OpenAI-compatible server with prepared answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels compile for Hopper, on a machine without a GPU, and what they ask of it is there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the tests of Triton kernels, each file in a process whose Triton interprets."""
 
 from __future__ import annotations

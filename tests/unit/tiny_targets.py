@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random causal language models of several families, and texts that they learn in a few steps."""
 
 from __future__ import annotations

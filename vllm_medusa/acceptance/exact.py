@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact acceptance: the target's own draws walk the tree, one level at a time.
 
 Every emitted token is a draw of the target's sampler from the target's logits at the row where the request stands, and

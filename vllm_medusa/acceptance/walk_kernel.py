@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The walk for GPUs where the target's draws do not depend on the path: one launch for all requests and levels."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a context and a draft tree, and the metadata that tells a backend which rows see which."""

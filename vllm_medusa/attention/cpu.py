@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tree attention for CPUs: vLLM's ``CPU_ATTN``, with a masked pass over the paged cache for rows of branching trees."""
 
 from __future__ import annotations

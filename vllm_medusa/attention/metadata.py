@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How attention learns of a step's trees, and what the model runners ask of an attention backend."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tree attention written densely, slow and obviously right: what the others are tested against."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Hugging Face configuration of a heads' checkpoint."""
 
 from __future__ import annotations

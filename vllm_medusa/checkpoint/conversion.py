@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convert heads' checkpoints from a published layout to the one that vLLM serves, and back."""
 
 from __future__ import annotations

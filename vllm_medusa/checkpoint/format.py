@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heads' checkpoint: a directory in vLLM 0.32's format for the method "medusa"."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models and heads by name: a directory, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read the layouts in which Medusa heads have been published, and write the original one.
 
 ======================  ==========================================  ====================================

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read a target's sizes and its LM head without loading the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read a checkpoint's weights file by file, so that a model larger than memory can be split."""
 
 from __future__ import annotations

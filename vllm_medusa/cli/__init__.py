@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ``vllm-medusa`` command. Each command imports what it needs when it runs, so that ``--help`` answers at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m vllm_medusa.cli``."""
 
 from vllm_medusa.cli import app

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``vllm-medusa eval``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Create command-line options from the fields of a pydantic model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The overrides of vLLM's attention backends that stand only while layers are constructed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names that vLLM and the plugin know each other by."""
 
 from __future__ import annotations

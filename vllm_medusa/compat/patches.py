@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patches that stay for the life of a process. ``plugin.register`` applies them; importing this module does not."""
 
 from __future__ import annotations

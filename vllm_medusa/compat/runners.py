@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The patches that stand only while a model runner is constructed. Each puts back what stood there before."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The symbols of vLLM that the plugin touches, as data; ``tests/unit/compat/test_symbols.py`` looks each of them up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The supported vLLM versions, and the refusal of all others."""
 
 from __future__ import annotations

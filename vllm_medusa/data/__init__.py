@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of text and conversations, as tokens."""

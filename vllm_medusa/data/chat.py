@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenize conversations with the tokenizer's chat template, and label the assistant's tokens."""
 
 from __future__ import annotations

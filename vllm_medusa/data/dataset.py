@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turn files of records into the blocks that heads are trained on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read a JSON array item by item, without holding all of it in memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pack samples, the tokens of records with their labels, into blocks of one length."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The prompts to which a target writes its own training set: single prompts, or the user's turns of conversations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read files of records one by one: JSON lines, a JSON array, or plain text."""
 
 from __future__ import annotations

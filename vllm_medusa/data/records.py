@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The records of a training set: texts, completions of prompts, and conversations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validate user input with pydantic models and report errors in one line."""
 
 from __future__ import annotations

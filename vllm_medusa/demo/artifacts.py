@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo's models, built once and kept in directories named by a hash of their settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pack token ids into blocks of one length, and batch the blocks."""
 
 from __future__ import annotations

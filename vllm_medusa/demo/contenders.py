@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare stock vLLM and draft trees: the engines, and how they take turns."""
 
 from __future__ import annotations

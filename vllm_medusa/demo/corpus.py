@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A corpus that every machine has: the code of Python's standard library.
 
 Comments and docstrings are removed: in a few minutes a small model learns to predict code, but not prose.

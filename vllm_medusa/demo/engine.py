@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engines that a contender's process runs."""
 
 from __future__ import annotations

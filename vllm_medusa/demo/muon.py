@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Muon optimizer (https://kellerjordan.github.io/posts/muon) in fp32, for CPUs without bf16 arithmetic.
 
 ``torch.optim.Muon`` orthogonalises in bf16, which is several times slower on such CPUs. In a few minutes of training,

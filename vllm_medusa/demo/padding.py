@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make a small model as costly as a large one without changing its outputs.
 
 Width: all weights are padded with zeros, so the added channels stay zero. An RMSNorm then divides by the mean over H

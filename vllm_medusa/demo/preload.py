@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slow imports of an engine's process, done once in the process from which contenders are forked."""
 
 import logging

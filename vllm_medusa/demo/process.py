@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Engines in separate processes that take turns: each carries out one order at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Show the demo's results as a JSON file, a table, and a plot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo: build the models, compare the contenders, report."""
 
 from __future__ import annotations

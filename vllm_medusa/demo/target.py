@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the demo's target, a small Llama."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-distillation: the target writes the training set for its heads."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Let a target of ``transformers`` continue prompts, given and returned as token ids."""
 
 from __future__ import annotations

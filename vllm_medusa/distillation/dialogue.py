@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dialogues of self-distillation: the target answers each turn of the user, with its own earlier answers in context."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifest of a generated training set: its settings and inputs and, once it is finished, its contents."""
 
 from __future__ import annotations

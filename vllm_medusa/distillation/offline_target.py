@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A target that vLLM runs in this process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-distillation (paper, section 2.3.2): the target's answers to prompts become the training set for its heads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A target behind an OpenAI-compatible server, such as ``vllm serve``."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the heads' accuracies and calibrate trees from them."""

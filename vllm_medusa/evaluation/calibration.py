@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grow trees from the heads' accuracies, and write both into the heads' checkpoint for serving."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the heads' accuracies on the target's own text; trees are grown from them (paper, section 2.3.3)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Show an evaluation as tables, a JSON file, and a plot."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The held-out text on which heads are measured: the target's continuations of prompts, or given records."""
 
 from __future__ import annotations

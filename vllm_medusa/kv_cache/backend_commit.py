@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commit, then forget: after it, the next step sees an ordinary sequence in the KV cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The KV commit for GPUs: one launch moves a step's accepted rows in all layers that share a cache layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Medusa heads as a vLLM model: K residual blocks and their LM heads, tensor-parallel (paper, section 2.1.1)."""
 
 from __future__ import annotations

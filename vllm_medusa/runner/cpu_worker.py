@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker class for CPUs, which chooses the adapter to the model runner."""
 
 from __future__ import annotations

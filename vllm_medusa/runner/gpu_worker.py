@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker class for GPUs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the target's hidden state to the next step's drafts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The line in vLLM's log that says what an engine decodes with."""
 
 from __future__ import annotations

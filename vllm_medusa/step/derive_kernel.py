@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step's trees for GPUs: one launch derives them from the drafts' parents and lengths, which stay on the device."""
 
 from __future__ import annotations

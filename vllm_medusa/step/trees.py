@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The draft trees that one step verifies, as positions, attention, the walk and the KV commit need them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heads' accuracy and loss on held-out data."""
 
 from __future__ import annotations

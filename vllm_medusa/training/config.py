@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of a training run: names, defaults, bounds and descriptions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Medusa heads for training, in plain PyTorch; parameters are named as in the checkpoint."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The hidden states that the heads read: the input of the target's LM head, for any architecture."""
 
 from __future__ import annotations

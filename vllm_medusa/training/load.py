@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load the target and its tokenizer for training."""
 
 from __future__ import annotations

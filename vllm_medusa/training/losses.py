@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training losses, computed in chunks of positions to save memory."""
 
 from __future__ import annotations

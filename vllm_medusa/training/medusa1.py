@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Medusa-1: the heads are trained, the target is frozen (paper, section 2.2.1)."""
 
 from __future__ import annotations

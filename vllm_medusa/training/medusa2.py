@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Medusa-2: the heads and the target are trained together (paper, sections 2.2.2 and 2.3.2)."""
 
 from __future__ import annotations

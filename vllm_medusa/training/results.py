@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files that a training run writes: heads, target, metrics and settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training run, from the settings to heads that vLLM serves."""
 
 from __future__ import annotations

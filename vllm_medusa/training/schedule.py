@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedules of the learning rates and of the weight of the heads' loss."""
 
 from __future__ import annotations

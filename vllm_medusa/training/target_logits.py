@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compute a target's logits from its hidden states, with the scaling or capping that some architectures apply."""
 
 from __future__ import annotations

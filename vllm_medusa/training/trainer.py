@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop of Medusa-1 and Medusa-2: a ``transformers.Trainer`` that saves only trained parameters."""
 
 from __future__ import annotations

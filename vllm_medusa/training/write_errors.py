@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turn the errors of failed writes, which differ between libraries, into ``OSError``."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draft trees: their shape, the ways to choose one, and batches of them."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drafts: what one step's heads propose and the next step's target verifies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tree for each request and step, grown best-first from the heads' own probabilities.
 
 The tree of n nodes with the most tokens accepted per step is that of the n most probable paths, for a path is at most

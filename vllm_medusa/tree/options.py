@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the options that name a tree to the tree."""
 
 from __future__ import annotations

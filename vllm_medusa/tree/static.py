@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trees that are the same for every request: chain, Cartesian product, explicit choices, best-first.
 
 A node's path is the ranks from the root down to it, as in the reference implementation's ``medusa_choices``:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The draft tree: one integer array of parents, from which everything else is derived."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tree attention for CPUs against the dense reference and against vLLM's own op on each row's path."""
 
 from __future__ import annotations

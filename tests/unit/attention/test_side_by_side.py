@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The branching trees of a step as the CPU's attention takes them: side by side, padded at the end."""
 
 from __future__ import annotations

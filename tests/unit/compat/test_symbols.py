@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything of vLLM that the plugin leans on is there and looks as the plugin expects.
 
 The sources are read and not imported, so any vLLM can be asked: the package directory (of an unpacked wheel, say) that

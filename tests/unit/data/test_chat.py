@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chat templates are shortened ones of well-known models; the tokenizer is trained here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-distillation with a fake target; tests/integration/test_distill.py has real ones."""
 
 from __future__ import annotations

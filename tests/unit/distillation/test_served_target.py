@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests to a stub server and its errors; tests/e2e compares a real server's answers with those of ``vllm.LLM``."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tree attention for GPUs: backends, launches and kernels."""

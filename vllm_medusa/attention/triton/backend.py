@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tree attention for GPUs: vLLM's own backends, with a kernel of ours for requests that verify a draft."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tree attention over the paged KV cache as Triton kernels; ``triton_ops`` launches them.
 
 The algorithm is FlashAttention-2's online softmax with Flash-Decoding's split of the keys. A program attends from some

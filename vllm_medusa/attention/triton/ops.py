@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tree attention for GPUs: one call attends for a mixed batch of draft trees, chains and prefill chunks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws of vLLM's own V1 sampler at rows of the trees, each as in plain decoding."""
 
 from __future__ import annotations

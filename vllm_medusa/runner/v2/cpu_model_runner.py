@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapter to vLLM's V2 model runner on CPUs, where a Triton backend for them is installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parents of drafts that wait for their verification, by slot, on the device."""
 
 from __future__ import annotations

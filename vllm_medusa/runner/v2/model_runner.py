@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapter to vLLM's V2 model runner."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verification with vLLM's own V2 sampler, in the place of V2's rejection sampler.
 
 V2's noise is keyed by seed and position, so a token drawn at a row of the tree is the one that plain decoding draws at

@@ -154,8 +154,12 @@ def speculation(kind: str, rows: int) -> dict[str, Any] | None:
         return {"method": "custom_class", "model": "step_cost.RandomDrafts", "num_speculative_tokens": rows - 1}
     if kind == TREE:
         from vllm_medusa.runner.proposer import MedusaProposer
+        from vllm_medusa.tree.drafts import Drafts
 
-        MedusaProposer.propose = lambda _, hidden: torch.randint(VOCAB, (len(hidden), rows - 1))
+        def draft_at_random(self: MedusaProposer, hidden: torch.Tensor, chained: torch.Tensor | None = None) -> Drafts:
+            return self.tree.draft(torch.randint(VOCAB, (len(hidden), HEADS, self.tree.top_k)), chained)
+
+        MedusaProposer.propose = draft_at_random
     return {"method": "medusa", "model": str(DIRECTORY / "heads"), "num_speculative_tokens": rows - 1}
 
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.both_runners,
     pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
 ]
-STATIC = {"plan": 1, "verification": 5, "commit": 1, "proposal": 24}
+STATIC = {"plan": 1, "verification": 5, "commit": 1, "proposal": 22}
 DYNAMIC = {"plan": 1, "verification": 5, "commit": 1, "proposal": 41}
 """Of one step, with four heads, two layers and one KV cache group; docs/architecture.md states them."""
 

@@ -116,7 +116,7 @@ class MedusaModelRunner(GPUModelRunner):
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         assert self.sampler is not None
-        self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.proposer.tree.num_nodes + 1)
+        self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.proposer.options, self.device)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from vllm.config import SpeculativeConfig
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
@@ -19,26 +20,28 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_medusa.acceptance.exact import Draw, Walk, walk
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
 from vllm_medusa.step.trees import StepTrees
 
 
-class TreeVerifier:
-    """Stands in for V2's ``RejectionSampler``: same call, but it walks the step's trees.
+class TreeVerifier(RejectionSampler):
+    """Takes the place of V2's rejection sampler: same call, but it walks the step's trees.
 
     Attributes:
-        sampler: the target's sampler.
         max_rows: rows of the largest tree.
         trees: the step's trees, set before each call.
         accepted: where the last call's walk went.
 
     """
 
-    def __init__(self, sampler: Sampler, max_rows: int) -> None:
-        self.sampler = sampler
-        self.max_rows = max_rows
+    def __init__(
+        self, sampler: Sampler, options: SpeculativeConfig, device: torch.device, *, watermark_key: int | None = None
+    ) -> None:
+        super().__init__(sampler, options, device, watermark_key=watermark_key)
+        self.max_rows = options.num_speculative_tokens + 1
         self.trees: StepTrees | None = None
         self.accepted: Walk | None = None
 

@@ -2,15 +2,16 @@
 """Which engine the integration tests run on: V1 and the CPU's attention, unless ``TEST_ENGINE`` says otherwise.
 
 ``TEST_ENGINE="v2"`` is vLLM's model runner V2, in Triton's interpreter; ``"v2 triton"`` adds the attention that GPUs
-have, and ``"v2 triton async"`` asynchronous scheduling. A process runs one engine under test from its start to its end;
-``tests/integration/test_v2.py`` starts those that are not V1.
+have, and ``"v2 triton async"`` asynchronous scheduling. ``"v2 cuda triton"`` and ``"v2 cuda flash"`` run the CUDA
+worker with its warm-up and its graphs (see ``tests.rehearsal``). A process runs one engine under test from its start to
+its end; ``tests/integration/test_v2.py`` starts those that are not V1.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,8 +39,19 @@ class UnderTest:
         """Give engines that start in this context what the engine under test has, and further options for ``LLM``."""
         if "async" in self.words:
             _allow_async_scheduling()
-        with _triton_attention() if "triton" in self.words else nullcontext():
-            yield {"async_scheduling": "async" in self.words}
+        options: dict[str, Any] = {"async_scheduling": "async" in self.words}
+        with ExitStack() as stack:
+            if "cuda" in self.words:
+                from tests.rehearsal.cuda_on_cpu import cuda_worker
+
+                options |= stack.enter_context(cuda_worker())
+            if "flash" in self.words:
+                from tests.rehearsal.cuda_on_cpu import flash_attention
+
+                stack.enter_context(flash_attention())
+            if self.words & {"triton", "flash"}:
+                stack.enter_context(_gpu_attention("flash" in self.words))
+            yield options
 
 
 UNDER_TEST = UnderTest(frozenset(os.environ.get("TEST_ENGINE", "v1").split()))
@@ -52,12 +64,12 @@ def on(v1: Size, v2: Size, triton: Size | None = None) -> Size:
     return v2 if UNDER_TEST.is_v2 else v1
 
 
-def _triton_attention() -> AbstractContextManager[None]:
+def _gpu_attention(flash: bool) -> AbstractContextManager[None]:
     """Give every layer the attention that GPUs have: the CPU platform knows one backend, so that one is overridden."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_medusa.attention.triton.backend import TreeTritonAttentionBackend
+    from vllm_medusa.attention.triton.backend import TreeFlashAttentionBackend, TreeTritonAttentionBackend
     from vllm_medusa.compat.backends import overridden
     from vllm_medusa.kv_cache.kernel_commit import KernelCommit
     from vllm_medusa.runner.v2 import cpu_model_runner
@@ -66,7 +78,8 @@ def _triton_attention() -> AbstractContextManager[None]:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     cpu_model_runner.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
     cpu_model_runner.MedusaModelRunner.commit_class = KernelCommit
-    return overridden({AttentionBackendEnum.CPU_ATTN: TreeTritonAttentionBackend})
+    backend = TreeFlashAttentionBackend if flash else TreeTritonAttentionBackend
+    return overridden({AttentionBackendEnum.CPU_ATTN: backend})
 
 
 def _allow_async_scheduling() -> None:

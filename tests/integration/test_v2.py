@@ -15,6 +15,8 @@ REPOSITORY = Path(__file__).parents[2]
 RUNS = {
     "v2": ["test_exactness.py", "test_sampling.py", "test_plugin_off.py"],
     "v2 async": ["test_scheduler_life.py"],
+    "v2 cuda triton": ["../rehearsal/test_cuda_worker.py"],
+    "v2 cuda flash async": ["../rehearsal/test_graphs.py", "../rehearsal/test_cuda_worker.py"],
     "v2 triton async": ["test_launches.py", "test_exactness.py", "test_dynamic_trees.py"],
 }
 """For each engine (see ``tests.under_test``), the files whose tests hold on both runners."""

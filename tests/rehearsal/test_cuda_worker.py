@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA worker starts, warms up, captures its graphs and serves, and says what plain decoding says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from vllm import LLM
+from vllm.sampling_params import RequestOutputKind
+
+from tests.integration.engines import (
+    Tree,
+    engine,
+    generate,
+    greedy,
+    model_runner,
+    recorded_steps,
+    spec_counters,
+    texts,
+)
+from vllm_medusa.attention.triton.backend import TreeBuilderMixin
+from vllm_medusa.runner.gpu_worker import MedusaGPUWorker
+
+pytestmark = pytest.mark.both_runners
+LENGTHS = (2, 8, 14, 20)
+"""Tokens of requests that start together: no step emits six of them, so they end one after the other."""
+
+LATE = 3
+"""Tokens of a request that joins as the first of them has ended."""
+
+CAPTURED = (1, 3)
+"""For how many requests graphs are captured: two are padded to three, four are too many."""
+
+TREES: dict[str, tuple[Tree, int]] = {
+    "chain": ("chain", 4),
+    "static 31": ("sparse", 31),
+    "static 63": ("sparse", 63),
+    "dynamic 31": ("dynamic", 31),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(held_out_prompts: list[list[int]]) -> list[list[int]]:
+    return held_out_prompts[: len(LENGTHS) + 1]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target: Path, prompts: list[list[int]]) -> list[list[int]]:
+    with engine(tiny_target) as llm:
+        return texts(generate(llm, prompts, [greedy(length) for length in (*LENGTHS, LATE)]))
+
+
+def serve(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    """Decode the prompts, the last one as soon as another has ended; return their tokens."""
+    core, found = llm.llm_engine, {}
+
+    def add(index: int, length: int) -> None:
+        params = greedy(length, output_kind=RequestOutputKind.FINAL_ONLY)
+        core.add_request(str(index), {"prompt_token_ids": prompts[index]}, params)
+
+    for index, length in enumerate(LENGTHS):
+        add(index, length)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            found[int(output.request_id)] = list(output.outputs[0].token_ids)
+            if len(found) == 1:
+                add(len(LENGTHS), LATE)
+    return [found[index] for index in range(len(prompts))]
+
+
+@contextmanager
+def rehearsed(target: Path, heads: Path, tree: Tree, nodes: int) -> Iterator[LLM]:
+    sizes = [(nodes + 1) * requests for requests in CAPTURED]
+    options: dict[str, Any] = {
+        "max_num_seqs": len(LENGTHS),
+        "max_num_batched_tokens": 512,
+        "speculative_config": {"num_speculative_tokens": nodes},
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes},
+    }
+    with engine(target, heads=heads, tree=tree, **options) as llm:
+        yield llm
+
+
+@contextmanager
+def noise_between_steps(llm: LLM) -> Iterator[None]:
+    """Before each step, overwrite what steps share, as far as stock vLLM lets any step find it changed."""
+    runner = model_runner(llm)
+    prepare_inputs, generator = runner.prepare_inputs, torch.Generator().manual_seed(0)
+
+    def prepare(*args: Any) -> Any:
+        for buffer in (runner._buffers.tokens, runner._buffers.parents, runner._buffers.depths):
+            buffer.random_(-99, 99, generator=generator)
+        runner._buffers.ancestor_bits.random_(generator=generator)
+        runner.input_buffers.input_ids.random_(0, 1024, generator=generator)
+        runner.input_buffers.positions.random_(0, 512, generator=generator)
+        return prepare_inputs(*args)
+
+    with patch.object(runner, "prepare_inputs", prepare):
+        yield
+
+
+@pytest.mark.parametrize(("tree", "nodes"), TREES.values(), ids=TREES)
+def test_replayed_and_eager_steps_say_what_plain_decoding_says(
+    tree: Tree, nodes: int, tiny_target: Path, tiny_heads: Path, prompts: list[list[int]], plain: list[list[int]]
+) -> None:
+    with (
+        rehearsed(tiny_target, tiny_heads, tree, nodes) as llm,
+        noise_between_steps(llm),
+        recorded_steps(llm) as steps,
+    ):
+        found = serve(llm, prompts)
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        replays = {desc.num_reqs: graph.replays for desc, graph in model_runner(llm).cudagraph_manager.graphs.items()}
+        accepted = spec_counters(llm).accepted
+    assert isinstance(worker, MedusaGPUWorker)
+    assert found == plain
+    assert accepted > 0
+    assert set(replays) == set(CAPTURED)
+    assert all(replays.values())
+    drafting = [step for step in steps if step.scheduled_spec_decode_tokens]
+    assert {len(step.num_scheduled_tokens) for step in drafting} == {1, 2, 3, 4}
+    assert sum(replays.values()) < len(drafting)
+    assert any(step.scheduled_new_reqs for step in drafting)
+
+
+def test_masks_that_are_copied_at_the_capture_are_found(
+    tiny_target: Path, tiny_heads: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = TreeBuilderMixin.build_for_cudagraph_capture
+
+    def copying(builder: Any, common: Any) -> Any:
+        metadata = capture(builder, common)
+        step = metadata.step
+        object.__setattr__(step, "ancestor_bits", step.ancestor_bits.clone())
+        return metadata
+
+    monkeypatch.setattr(TreeBuilderMixin, "build_for_cudagraph_capture", copying)
+    with (
+        pytest.raises(Exception, match="freed after its capture"),
+        rehearsed(tiny_target, tiny_heads, "sparse", 7) as llm,
+    ):
+        generate(llm, prompts[:1], greedy(6))

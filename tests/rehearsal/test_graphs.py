@@ -10,7 +10,6 @@ import triton.language as tl
 
 from tests.rehearsal.graphs import RecordedGraph, record
 
-
 pytestmark = pytest.mark.both_runners
 
 

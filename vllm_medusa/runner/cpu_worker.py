@@ -18,7 +18,7 @@ class MedusaCPUWorker(CPUWorker):
         else:
             from vllm_medusa.runner.v1.model_runner import MedusaModelRunner
 
-            # V1 builds its proposer from a closed list of methods, in which this one is open to all.
+            # V1 builds its proposer from a closed list of methods; "custom_class" is the entry that takes any class.
             self.vllm_config.speculative_config.method = "custom_class"
         with cpu_runner(MedusaModelRunner, v2=self.use_v2_model_runner):
             super().init_device()

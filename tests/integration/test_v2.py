@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 RUNS = {
     "v2": ["test_exactness.py", "test_sampling.py", "test_plugin_off.py"],
     "v2 async": ["test_scheduler_life.py"],
-    "v2 triton async": ["test_launches.py", "test_exactness.py", "test_dynamic_trees.py"],
+    "v2 triton async": ["test_launches.py", "test_proposal_graphs.py", "test_exactness.py", "test_dynamic_trees.py"],
 }
 """For each engine (see ``tests.under_test``), the files whose tests hold on both runners."""
 

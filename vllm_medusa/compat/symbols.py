@@ -12,6 +12,7 @@ FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
 TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
 LOGITS_PROCESSOR = "vllm.model_executor.layers.logits_processor:LogitsProcessor"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
 BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
 
@@ -49,6 +50,14 @@ SIGNATURES: Final = {
     f"{V2}.sample": "self, hidden_states, input_batch, grammar_output",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager": "self, cudagraph_mode",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture": "self",
+    f"{GRAPHS}.__init__": (
+        "self, vllm_config, device, cudagraph_mode, decode_query_len, lora_capture_cases, varlen_decode, ubatch_runner"
+    ),
+    f"{GRAPHS}.capture": "self, create_forward_fn, progress_bar_desc",
+    f"{GRAPHS}.dispatch": (
+        "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches"
+    ),
+    f"{GRAPHS}.run_fullgraph": "self, desc",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose": (
         "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
         "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
@@ -190,6 +199,7 @@ FIELDS: Final = {
     "vllm.v1.worker.gpu.sample.sampler:Sampler": (
         "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode"
     ),
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_reqs",
     "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",
 }
 """Fields and attributes that the plugin reads or writes; an attribute is one that a class or a base of it sets."""

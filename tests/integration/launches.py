@@ -50,14 +50,15 @@ class Watch(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in FREE and not func.is_view:
+        result = func(*args, **(kwargs or {}))
+        if func not in FREE and not (func.is_view and is_alias(result, args[0])):
             self._count(sys._getframe(1))
         by_mask = func is torch.ops.aten.index.Tensor and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
         if (func in WAITS or by_mask) and (where := ours(sys._getframe(1))) is not None:
             self.waits.add(f"{where} {func}")
-        return func(*args, **(kwargs or {}))
+        return result
 
     def _count(self, frame: FrameType | None) -> None:
         if self.stage is not None and (self.stage in self.whole or ours(frame) is not None):
@@ -116,6 +117,13 @@ class Watch(TorchDispatchMode):
         finally:
             for name, method in methods.items():
                 setattr(torch.Tensor, name, method)
+
+
+def is_alias(result: Any, of: torch.Tensor) -> bool:
+    """Whether a view is one: some operations of that kind, such as ``aten.reshape``, copy where they must."""
+    return (
+        not isinstance(result, torch.Tensor) or result.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+    )
 
 
 def ours(frame: FrameType | None) -> str | None:

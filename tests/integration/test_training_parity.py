@@ -48,8 +48,9 @@ class Seen:
 
 
 def decode_watched(target: Path, heads: Path, prompts: list[list[int]]) -> list[Seen]:
-    """Decode prompts one after another with a branching tree, and record the heads."""
-    with engine(target, heads=heads, tree=[2, 2], max_model_len=192) as llm, watched_heads(llm) as calls:
+    """Decode prompts one after another with a branching tree that all heads draft, and record the heads."""
+    tree = [2, 2, *[1] * (read_spec(heads).num_heads - 2)]
+    with engine(target, heads=heads, tree=tree, max_model_len=192) as llm, watched_heads(llm) as calls:
         seen = []
         for index, prompt in enumerate(prompts):
             calls.clear()

@@ -10,6 +10,9 @@ V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
 TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
+LOGITS_PROCESSOR = "vllm.model_executor.layers.logits_processor:LogitsProcessor"
+EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
 BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
 
@@ -47,6 +50,14 @@ SIGNATURES: Final = {
     f"{V2}.sample": "self, hidden_states, input_batch, grammar_output",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager": "self, cudagraph_mode",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture": "self",
+    f"{GRAPHS}.__init__": (
+        "self, vllm_config, device, cudagraph_mode, decode_query_len, lora_capture_cases, varlen_decode, ubatch_runner"
+    ),
+    f"{GRAPHS}.capture": "self, create_forward_fn, progress_bar_desc",
+    f"{GRAPHS}.dispatch": (
+        "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches"
+    ),
+    f"{GRAPHS}.run_fullgraph": "self, desc",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.propose": (
         "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
         "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
@@ -73,6 +84,17 @@ SIGNATURES: Final = {
     f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build": BUILD,
     f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
     f"{TRITON_ATTENTION}:TritonAttentionImpl.forward": FORWARD,
+    # Overridden: the LM heads' weights and products.
+    f"{EMBEDDING}:VocabParallelEmbedding.__init__": (
+        "self, num_embeddings, embedding_dim, params_dtype, org_num_embeddings, padding_size, quant_config, prefix, "
+        "disable_tp, reduce_results, quant_method, parallel_group"
+    ),
+    f"{EMBEDDING}:UnquantizedEmbeddingMethod.create_weights": (
+        "self, layer, input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype, "
+        "**extra_weight_attrs"
+    ),
+    f"{EMBEDDING}:UnquantizedEmbeddingMethod.process_weights_after_loading": "self, layer",
+    f"{EMBEDDING}:UnquantizedEmbeddingMethod.apply": "self, layer, x, bias",
     # Stood in for: V2 calls our verifier as it calls this.
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": (
         "self, logits, input_batch, draft_logits, invalid_drafts"
@@ -82,6 +104,13 @@ SIGNATURES: Final = {
         "target_parallel_config, speculative_draft_tensor_parallel_size, draft_model_config"
     ),
     "vllm.model_executor.model_loader:get_model": "vllm_config, model_config, prefix, load_config",
+    "vllm.model_executor.layers.linear:ReplicatedLinear.__init__": (
+        "self, input_size, output_size, bias, skip_bias_add, params_dtype, quant_config, prefix, return_bias, "
+        "disable_tp"
+    ),
+    f"{LOGITS_PROCESSOR}.__init__": "self, vocab_size, org_vocab_size, scale, logits_as_input, soft_cap",
+    f"{LOGITS_PROCESSOR}.forward": "self, lm_head, hidden_states, embedding_bias, skip_gather",
+    f"{LOGITS_PROCESSOR}.get_top_k_tokens": "self, lm_head, hidden_states, k, embedding_bias, return_log_probs",
     "vllm.model_executor.models.registry:_ModelRegistry.register_model": "self, model_arch, model_cls",
     "vllm.v1.attention.backends.registry:register_backend": "backend, class_path, is_mamba",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.clear_override": "self",
@@ -130,6 +159,11 @@ FIELDS: Final = {
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": (
         "num_kv_heads num_queries_per_kv scale sliding_window logits_soft_cap alibi_slopes sinks"
     ),
+    LOGITS_PROCESSOR: "scale head_dtype",
+    f"{EMBEDDING}:VocabParallelEmbedding": "shard_indices num_embeddings_per_partition tp_size quant_method",
+    f"{EMBEDDING}:VocabParallelEmbeddingShardIndices": (
+        "org_vocab_start_index org_vocab_end_index num_org_vocab_padding"
+    ),
     f"{FLASH_ATTENTION}:FlashAttentionImpl": (
         "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window "
         "supports_quant_query_input"
@@ -165,6 +199,7 @@ FIELDS: Final = {
     "vllm.v1.worker.gpu.sample.sampler:Sampler": (
         "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode"
     ),
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_reqs",
     "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",
 }
 """Fields and attributes that the plugin reads or writes; an attribute is one that a class or a base of it sets."""

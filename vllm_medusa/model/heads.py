@@ -1,104 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Medusa heads as a vLLM model: K residual blocks and their LM heads, tensor-parallel (paper, section 2.1.1)."""
+"""The Medusa heads as a vLLM model: residual blocks and their LM heads, all heads at once (paper, section 2.1.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import silu
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_medusa.checkpoint.config import MedusaHeadsConfig
 from vllm_medusa.checkpoint.published import HeadTensor
+from vllm_medusa.model.lm_heads import OwnLMHeads, TargetLMHead
+from vllm_medusa.tree.options import Tree
 
 
-class ResidualBlock(nn.Module):
-    """``x + SiLU(W x + b)``, once per layer: one head's transformation of the hidden state."""
+class LinearPerHead(nn.Module):
+    """A linear layer for each head, which reads that head's states."""
 
-    def __init__(self, hidden_size: int, num_layers: int, prefix: str) -> None:
+    def __init__(self, num_heads: int, hidden_size: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            ColumnParallelLinear(
-                hidden_size, hidden_size, bias=True, gather_output=True, prefix=f"{prefix}.layers.{layer}"
-            )
-            for layer in range(num_layers)
-        )
-        self.act = nn.SiLU()
+        self.weight = nn.Parameter(torch.empty(num_heads, hidden_size, hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, hidden_size), requires_grad=False)
+
+    def forward(
+        self,
+        states: torch.Tensor,  # [heads, requests, hidden_size]
+    ) -> torch.Tensor:
+        """Return the layers' outputs, shaped as their input."""
+        return torch.baddbmm(self.bias, states, self.weight.transpose(1, 2))
+
+
+class ResidualBlocks(nn.Module):
+    """``x + SiLU(W x + b)``, once per layer: all heads' transformations of the hidden state.
+
+    All heads read the same hidden state, so their first layers are one linear layer. Every tensor-parallel rank
+    computes all of it: the blocks are small beside the LM heads, and so nothing has to be gathered.
+    """
+
+    def __init__(self, num_heads: int, hidden_size: int, num_layers: int, prefix: str) -> None:
+        super().__init__()
+        self.num_heads, self.hidden_size = num_heads, hidden_size
+        first = ReplicatedLinear(hidden_size, num_heads * hidden_size, bias=True, prefix=f"{prefix}.layers.0")
+        deeper = (LinearPerHead(num_heads, hidden_size) for _ in range(1, num_layers))
+        self.layers = nn.ModuleList([first, *deeper])
 
     def forward(
         self,
         hidden: torch.Tensor,  # [requests, hidden_size]
-    ) -> torch.Tensor:
-        """Return the block's output, shaped as its input."""
-        for layer in self.layers:
-            hidden = hidden + self.act(layer(hidden)[0])
-        return hidden
+    ) -> torch.Tensor:  # [heads, requests, hidden_size]
+        """Return each head's transformed hidden states."""
+        first, *deeper = self.layers
+        output = silu(first(hidden)[0]).view(len(hidden), self.num_heads, self.hidden_size).transpose(0, 1)
+        # Head by head in memory, as the products that follow read them.
+        states = torch.empty(output.shape, dtype=output.dtype, device=output.device)
+        torch.add(hidden, output, out=states)
+        for layer in deeper:
+            states = states + silu(layer(states))
+        return states
+
+    def of_head(self, head: int, layer: int, parameter: str) -> torch.Tensor:
+        """Return the part of a layer's ``weight`` or ``bias`` that is one head's."""
+        return self.layers[layer].get_parameter(parameter).data.view(self.num_heads, self.hidden_size, -1)[head]
 
 
 class MedusaHeads(nn.Module):
     """K heads; head k predicts the token k positions after the one that the target's own LM head predicts.
 
-    Weights are named as in vLLM 0.32's Medusa format (``blocks.K.layers.L.weight``, ``lm_heads.K.weight``, optional
-    ``token_map``); the original repository's names are understood too. Biases that the checkpoint leaves out are zero.
+    A checkpoint's tensors are named as in vLLM 0.32's Medusa format (``blocks.K.layers.L.weight``,
+    ``lm_heads.K.weight``, optional ``token_map``); the original repository's names are understood too. Biases that the
+    checkpoint leaves out are zero.
+
+    Attributes:
+        num_heads: heads that are held and run: as many as the tree is deep.
 
     Raises:
         ValueError: a tensor of the checkpoint is missing, is of another shape than the config says, or belongs to a
-            head or layer beyond those in the config.
+            head or layer beyond those in the config; or the config's ``logit_scale`` is not positive.
 
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         assert vllm_config.speculative_config is not None
-        config: MedusaHeadsConfig = vllm_config.speculative_config.draft_model_config.hf_config
+        options: Any = vllm_config.speculative_config
+        tree: Tree = options.tree
+        config: MedusaHeadsConfig = options.draft_model_config.hf_config
         assert config.truncated_vocab_size is not None
+        if config.logit_scale <= 0:
+            raise ValueError(f"logit_scale: {config.logit_scale} is not positive; correct the heads' config.json")
         self.config = config
-        self.blocks = nn.ModuleList(
-            ResidualBlock(config.hidden_size, config.num_hidden_layers, maybe_prefix(prefix, f"blocks.{head}"))
-            for head in range(config.num_heads)
+        self.num_heads = tree.depth
+        self.blocks = ResidualBlocks(
+            self.num_heads, config.hidden_size, config.num_hidden_layers, maybe_prefix(prefix, "blocks")
         )
-        self.lm_heads = nn.ModuleList(
-            ParallelLMHead(
-                config.truncated_vocab_size,
-                config.hidden_size,
-                prefix=maybe_prefix(prefix, f"lm_heads.{head}"),
+        self.lm_heads: OwnLMHeads | None = None
+        self.logits_processor = LogitsProcessor(config.truncated_vocab_size)
+        if not config.original_lm_head:
+            self.lm_heads = OwnLMHeads(
+                self.num_heads, config.truncated_vocab_size, config.hidden_size, maybe_prefix(prefix, "lm_heads")
             )
-            for head in range(0 if config.original_lm_head else config.num_heads)
-        )
-        self.logits_processor = LogitsProcessor(config.truncated_vocab_size, scale=config.logit_scale)
+            self.lm_heads.check_top_k(tree.top_k)
+            self.logits_processor.scale = config.logit_scale
+        # Drafts need no finer logits than the model's dtype gives, whatever the target's own head is asked for.
+        self.logits_processor.head_dtype = None
         self.token_map: torch.Tensor | None = None
-        self._target: nn.Module | None = None
+        self._target: TargetLMHead | None = None
 
     def share_lm_head(self, target: nn.Module) -> None:
         """Let heads without LM heads of their own use the target's."""
-        if self.config.original_lm_head:
-            # Not a submodule: the target's weights are neither loaded nor moved through the heads.
-            object.__setattr__(self, "_target", target)
+        if self.lm_heads is None:
+            self._target = TargetLMHead(target)
 
     def forward(
         self,
         hidden: torch.Tensor,  # [requests, hidden_size]
     ) -> torch.Tensor:
         """Return ``[heads, requests, hidden_size]``: each head's block applied to the target's normed hidden states."""
-        return torch.stack([block(hidden) for block in self.blocks])
+        return self.blocks(hidden)
 
     def compute_logits(
         self,
         hidden: torch.Tensor,  # [heads, requests, hidden_size]
     ) -> torch.Tensor:
         """Return ``[heads, requests, truncated_vocab_size]``, gathered over tensor-parallel ranks."""
-        if self._target is not None:
-            heads, requests, _ = hidden.shape
-            return self._target.compute_logits(hidden.flatten(0, 1)).view(heads, requests, -1)  # type: ignore[operator]
-        return torch.stack(
-            [self.logits_processor(head, states) for head, states in zip(self.lm_heads, hidden, strict=True)]
-        )
+        logits = self.logits_processor(self._lm_head, hidden.flatten(0, 1))
+        return logits.view(*hidden.shape[:2], -1)
 
     def top_tokens(
         self,
@@ -106,7 +138,7 @@ class MedusaHeads(nn.Module):
         top_k: int,
     ) -> torch.Tensor:
         """Return ``[requests, heads, top_k]``, int64: each head's most probable tokens, best first."""
-        return self._tokens(self.compute_logits(self(hidden)).topk(top_k, dim=-1).indices)
+        return self._top(hidden, top_k, return_log_probs=False)[1]
 
     def top_predictions(
         self,
@@ -114,43 +146,50 @@ class MedusaHeads(nn.Module):
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens as ``top_tokens`` does, and before them their log-probabilities, float32."""
-        logits = self.compute_logits(self(hidden)).float()
-        best = logits.topk(top_k, dim=-1)
-        log_probs = best.values - logits.logsumexp(dim=-1, keepdim=True)
-        return log_probs.transpose(0, 1), self._tokens(best.indices)
+        return self._top(hidden, top_k, return_log_probs=True)
 
-    def _tokens(
+    @property
+    def _lm_head(self) -> Any:
+        return self.lm_heads if self._target is None else self._target
+
+    def _top(
         self,
-        indices: torch.Tensor,  # [heads, requests, top_k], int64
-    ) -> torch.Tensor:  # [requests, heads, top_k], int64
-        tokens = indices.transpose(0, 1)
-        return tokens if self.token_map is None else self.token_map[tokens]
+        hidden: torch.Tensor,  # [requests, hidden_size]
+        top_k: int,
+        return_log_probs: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # both [requests, heads, top_k]
+        states = self(hidden).flatten(0, 1)
+        best = self.logits_processor.get_top_k_tokens(self._lm_head, states, top_k, return_log_probs=return_log_probs)
+        tokens, values = (each.view(self.num_heads, len(hidden), top_k).transpose(0, 1) for each in best)
+        return values, tokens if self.token_map is None else self.token_map[tokens]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; see the class for names and errors."""
         parameters = dict(self.named_parameters())
-        loaded = {name for name in parameters if name.endswith(".bias")}
-        for parameter in (parameters[name] for name in loaded):
-            parameter.data.zero_()
+        for layer in self.blocks.layers:
+            layer.get_parameter("bias").data.zero_()
+        shapes = self._shapes()
+        missing = {name for name in shapes if not name.endswith(".bias")}
         for stored_name, tensor in weights:
             tensor_of_head = HeadTensor.parse(stored_name)
             name = stored_name if tensor_of_head is None else tensor_of_head.served_name
             if name == "token_map":
                 self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
-            elif name in parameters:
-                self._load(name, parameters[name], tensor)
-                loaded.add(name)
+            elif tensor_of_head is not None and name in shapes:
+                _check_shape(name, tensor, shapes[name])
+                self._load(tensor_of_head, tensor)
+                missing.discard(name)
             elif not (self.config.original_lm_head and name.startswith("lm_head")):
                 raise ValueError(
                     f"the heads' checkpoint holds {stored_name!r}, but its config names {self.config.num_heads} heads "
                     f"of {self.config.num_hidden_layers} layers; correct num_heads and num_hidden_layers in config.json"
                 )
-        if missing := sorted(parameters.keys() - loaded):
+        if missing:
             raise ValueError(
-                f"the heads' checkpoint lacks {missing[0]!r} and {len(missing) - 1} more, but its config names "
+                f"the heads' checkpoint lacks {min(missing)!r} and {len(missing) - 1} more, but its config names "
                 f"{self.config.num_heads} heads of {self.config.num_hidden_layers} layers; correct config.json"
             )
-        return loaded
+        return set(parameters)
 
     def _checked_map(self, token_map: torch.Tensor) -> torch.Tensor:
         rows, vocab = self.config.truncated_vocab_size, self.config.vocab_size
@@ -161,15 +200,34 @@ class MedusaHeads(nn.Module):
             )
         return token_map
 
-    def _load(self, name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-        hidden, rows = self.config.hidden_size, self.config.truncated_vocab_size
-        if name.startswith("lm_heads."):
-            expected: tuple[int | None, ...] = (rows, hidden)
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Return the shape of every tensor that the checkpoint may hold, also of heads that the tree does not need."""
+        hidden = self.config.hidden_size
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        for head in range(self.config.num_heads):
+            for layer in range(self.config.num_hidden_layers):
+                shapes[f"blocks.{head}.layers.{layer}.weight"] = (hidden, hidden)
+                shapes[f"blocks.{head}.layers.{layer}.bias"] = (hidden,)
+            if self.lm_heads is not None:
+                shapes[f"lm_heads.{head}.weight"] = (self.config.truncated_vocab_size, hidden)
+        return shapes
+
+    def _load(self, of: HeadTensor, tensor: torch.Tensor) -> None:
+        if of.head >= self.num_heads:
+            return
+        if of.is_lm_head:
+            assert self.lm_heads is not None
+            self.lm_heads.load_head(of.head, tensor)
         else:
-            expected = (hidden,) if name.endswith(".bias") else (hidden, hidden)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(
-                f"the heads' checkpoint holds {name!r} of shape {tuple(tensor.shape)}, the target needs {expected}; "
-                "give heads that were trained for this target"
-            )
-        getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+            assert of.layer is not None
+            assert of.parameter is not None
+            part = self.blocks.of_head(of.head, of.layer, of.parameter)
+            part.copy_(tensor.view_as(part))
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"the heads' checkpoint holds {name!r} of shape {tuple(tensor.shape)}, the target needs {expected}; "
+            "give heads that were trained for this target"
+        )

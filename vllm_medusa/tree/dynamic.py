@@ -50,6 +50,7 @@ class DynamicTree:
 
     def __init__(self, num_heads: int, num_nodes: int, top_k: int, min_probability: float) -> None:
         check_size(num_nodes)
+        num_heads = min(num_heads, num_nodes)  # No path has more nodes than the tree.
         self.num_heads, self.num_nodes, self.top_k = num_heads, num_nodes, min(top_k, num_nodes)
         self.min_probability = min_probability
         self.candidates = from_paths(self._candidate_paths())
@@ -83,7 +84,7 @@ class DynamicTree:
     @property
     def depth(self) -> int:
         """The longest path that a tree may have: how many heads it needs."""
-        return min(self.num_heads, self.num_nodes)
+        return self.num_heads
 
     def draft(
         self,

@@ -67,7 +67,13 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     # vLLM's CPU runner does this to its process, and its model loader relies on it.
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
 
-    def load_heads(state: State, file: str = "model.safetensors", **config: Any) -> MedusaHeads:
+    def load_heads(
+        state: State,
+        file: str = "model.safetensors",
+        tree: Any = "chain",
+        overrides: dict[str, str] | None = None,
+        **config: Any,
+    ) -> MedusaHeads:
         heads = tmp_path / "heads"
         heads.mkdir()
         config = {"num_heads": HEADS, "hidden_size": HIDDEN, "vocab_size": VOCAB, **config}
@@ -78,7 +84,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
             torch.save(state, heads / file)
         vllm_config = EngineArgs(
             model=write_target(tmp_path),
-            speculative_config={"method": "medusa", "model": str(heads), "medusa_tree": "chain"},
+            speculative_config={"method": "medusa", "model": str(heads), "medusa_tree": tree},
+            hf_overrides=overrides or {},
             dtype="float32",
             skip_tokenizer_init=True,
             enforce_eager=True,
@@ -123,11 +130,16 @@ def plain_logits(state: State, hidden: torch.Tensor, layers: int = 1) -> torch.T
     return plain_states(state, hidden, layers) @ lm_heads.transpose(1, 2)
 
 
+@pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_heads_compute_what_plain_pytorch_computes(load: Load, layers: int, bias: bool) -> None:
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_heads_compute_what_plain_pytorch_computes(load: Load, layers: int, bias: bool, batched: bool) -> None:
     state, hidden = random_state(layers=layers, bias=bias), torch.randn(5, HIDDEN)
     model = load(state, num_hidden_layers=layers)
+    assert model.lm_heads is not None
+    assert len(model.lm_heads.parts) == HEADS
+    if batched:
+        model.lm_heads.parts.clear()  # As on a GPU, all LM heads in one product.
     expected = plain_logits(state, hidden, layers)
     torch.testing.assert_close(model.compute_logits(model(hidden)), expected)
     assert torch.equal(model.top_tokens(hidden, 4), expected.topk(4).indices.transpose(0, 1))
@@ -143,13 +155,13 @@ def test_all_of_the_vocabulary_and_no_padding_can_be_drafted(load: Load) -> None
 
 def test_biases_of_the_checkpoint_are_kept(load: Load) -> None:
     state = random_state()
-    loaded = dict(load(state).named_parameters())
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items() if name.endswith(".bias"))
+    loaded = load(state).get_parameter("blocks.layers.0.bias").view(HEADS, HIDDEN)
+    assert all(torch.equal(loaded[head], state[f"blocks.{head}.layers.0.bias"]) for head in range(HEADS))
 
 
 def test_biases_that_the_checkpoint_leaves_out_are_zero(load: Load) -> None:
     biases = [tensor for name, tensor in load(random_state(bias=False)).named_parameters() if name.endswith(".bias")]
-    assert len(biases) == HEADS
+    assert [bias.numel() for bias in biases] == [HEADS * HIDDEN]
     assert not any(bias.any() for bias in biases)
 
 
@@ -215,6 +227,42 @@ def test_logits_are_scaled_as_the_config_says(load: Load) -> None:
     state, hidden = random_state(), torch.randn(2, HIDDEN)
     model = load(state, logit_scale=0.25)
     torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden) * 0.25)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive_is_refused(load: Load, scale: float) -> None:
+    with pytest.raises(ValueError, match=rf"logit_scale: {scale} is not positive"):
+        load(random_state(), logit_scale=scale)
+
+
+def test_heads_draft_in_their_own_dtype_whatever_dtype_the_targets_lm_head_has(load: Load) -> None:
+    state, hidden = random_state(), torch.randn(3, HIDDEN)
+    model = load(state, overrides={"head_dtype": "float16"})
+    torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden))
+
+
+def test_more_tokens_than_a_rank_holds_are_refused(load: Load) -> None:
+    lm_heads = load(random_state()).lm_heads
+    assert lm_heads is not None
+    lm_heads.check_top_k(128)
+    with pytest.raises(ValueError, match="rank 128 is asked for, but each tensor-parallel rank holds 128"):
+        lm_heads.check_top_k(129)
+
+
+def test_heads_beyond_the_trees_depth_are_neither_held_nor_run(load: Load) -> None:
+    state, hidden = random_state(), torch.randn(5, HIDDEN)
+    shallow = load(state, tree=[3, 2])
+    assert shallow(hidden).shape == (2, 5, HIDDEN)
+    assert shallow.get_parameter("blocks.layers.0.bias").shape == (2 * HIDDEN,)
+    assert shallow.get_parameter("lm_heads.weight").shape == (2, 128, HIDDEN)
+    expected = plain_logits(state, hidden)[:2].topk(3).indices.transpose(0, 1)
+    assert torch.equal(shallow.top_tokens(hidden, 3), expected)
+
+
+@pytest.mark.parametrize("name", ["blocks.2.layers.0.weight", "lm_heads.2.weight"])
+def test_heads_beyond_the_trees_depth_must_fit_like_the_others(load: Load, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"holds '{name}' of shape"):
+        load({**random_state(), name: torch.zeros(1, 1)}, tree=[3, 2])
 
 
 @pytest.mark.parametrize("missing", ["blocks.1.layers.0.weight", "lm_heads.2.weight"])

@@ -30,9 +30,11 @@ from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v2.drafts import WaitingDrafts
+from vllm_medusa.runner.v2.proposal_graphs import ProposalBuffers, ProposalGraphs
 from vllm_medusa.runner.v2.sampling import TreeVerifier
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs
+from vllm_medusa.tree.drafts import Drafts
 
 
 class MedusaSpeculator(BaseSpeculator):
@@ -42,6 +44,7 @@ class MedusaSpeculator(BaseSpeculator):
         last_token_indices: ``[num_reqs]``, int64: index of the token at whose row each request of the step stopped.
         chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
         drafts: the trees of drafts that wait for their verification.
+        graphs: the proposal as CUDA graphs. vLLM makes them anew, and drops those with which it measured memory.
 
     """
 
@@ -53,12 +56,18 @@ class MedusaSpeculator(BaseSpeculator):
         self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
         self.last_token_indices: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
+        self.graphs: ProposalGraphs | None = None
+        self._buffers = ProposalBuffers.allocate(vllm_config, self.proposer.tree.num_nodes, device)
+        self._vllm_config, self._device = vllm_config, device
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Nothing to prepare: the heads run eagerly."""
+        """Prepare to capture the proposal."""
+        self.graphs = ProposalGraphs(self._vllm_config, self._device, cudagraph_mode, self._buffers)
 
     def capture(self) -> None:
-        """Nothing to capture."""
+        """Capture the proposal."""
+        assert self.graphs is not None
+        self.graphs.capture_proposals(self.proposer.propose)
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the heads."""
@@ -76,10 +85,19 @@ class MedusaSpeculator(BaseSpeculator):
     ) -> torch.Tensor:
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
         if dummy_run:
-            return self.proposer.propose(last_hidden_states[: input_batch.num_reqs]).tokens
-        drafts = self.proposer.propose(last_hidden_states[self.last_token_indices], self.chained)
+            return self._draft(last_hidden_states[: input_batch.num_reqs], None).tokens
+        drafts = self._draft(last_hidden_states[self.last_token_indices], self.chained)
         self.drafts.keep(input_batch.idx_mapping, drafts)
         return drafts.tokens if self.chained is None else drafts.padded_tokens()
+
+    def _draft(
+        self,
+        hidden: torch.Tensor,  # [num_reqs, hidden_size]
+        chained: torch.Tensor | None,  # [num_reqs], bool
+    ) -> Drafts:
+        """Draft by a captured graph if there is one; never where a request follows a grammar, which is rare."""
+        captured = self.graphs.replay(hidden) if self.graphs is not None and chained is None else None
+        return captured or self.proposer.propose(hidden, chained)
 
 
 class MedusaModelRunner(GPUModelRunner):

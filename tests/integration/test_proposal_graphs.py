@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On model runner V2 the proposal is captured and replayed; graphs are recorded and replayed on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import LLM
+from vllm.config.compilation import CUDAGraphMode
+
+from tests.integration.engines import Tree, engine, generate, greedy, model_runner
+from tests.integration.recorded_graphs import recorded_graphs
+from tests.under_test import UNDER_TEST
+from vllm_medusa.runner.v2.model_runner import MedusaModelRunner
+from vllm_medusa.runner.v2.proposal_graphs import ProposalGraphs
+
+pytestmark = [
+    pytest.mark.both_runners,
+    pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, which capture nothing"),
+]
+SIZES = [1, 2, 4]
+
+
+def capture(runner: MedusaModelRunner) -> ProposalGraphs:
+    runner.compilation_config.cudagraph_capture_sizes = SIZES
+    runner.compilation_config.max_cudagraph_capture_size = SIZES[-1]
+    runner.speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    graphs = runner.speculator.graphs
+    assert graphs is not None
+    assert graphs.needs_capture()
+    runner.speculator.capture()
+    assert sorted(desc.num_reqs or 0 for desc in graphs.graphs) == SIZES
+    return graphs
+
+
+def texts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in generate(llm, prompts, greedy(12))]
+
+
+def num_replays(graphs: ProposalGraphs) -> list[int]:
+    return [graph.replays for _, graph in sorted(graphs.graphs.items(), key=lambda each: each[0].num_tokens)]
+
+
+@pytest.mark.parametrize("tree", [[3, 2, 1], "dynamic"])
+def test_replayed_proposals_are_those_of_the_heads(
+    tree: Tree, tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
+) -> None:
+    torch.manual_seed(0)
+    prompts = held_out_prompts[:3]
+    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm, recorded_graphs():
+        runner = model_runner(llm)
+        expected = texts(llm, prompts)
+        graphs = capture(runner)
+        proposer = runner.speculator.proposer
+        for num_reqs in (1, 3, 2, 4):
+            hidden = torch.randn(num_reqs, runner.model_config.get_hidden_size())
+            replayed, drafts = graphs.replay(hidden), proposer.propose(hidden)
+            assert replayed is not None
+            for name in ("tokens", "parents", "lengths"):
+                assert torch.equal(getattr(replayed, name), getattr(drafts, name))
+        assert graphs.replay(torch.zeros(5, hidden.shape[1])) is None
+        assert num_replays(graphs) == [1, 1, 2]
+        assert texts(llm, prompts) == expected
+        assert num_replays(graphs)[2] > 3
+
+
+def test_requests_that_follow_a_grammar_are_not_replayed(tiny_target: Path, tiny_heads: Path) -> None:
+    with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm, recorded_graphs():
+        runner = model_runner(llm)
+        graphs, speculator = capture(runner), runner.speculator
+        hidden = torch.randn(2, runner.model_config.get_hidden_size())
+        batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
+        speculator.last_token_indices, speculator.chained = torch.tensor([1, 0]), torch.tensor([True, False])
+        tokens = speculator.propose(batch, {}, {}, hidden)
+        drafts = speculator.proposer.propose(hidden.flip(0), speculator.chained)
+        assert torch.equal(tokens, drafts.padded_tokens())
+        assert torch.equal(speculator.drafts.by_slot[:2], drafts.parents.flip(0))
+        speculator.chained = None
+        tokens = speculator.propose(batch, {}, {}, hidden)
+        assert torch.equal(tokens, speculator.proposer.propose(hidden.flip(0)).tokens)
+        assert num_replays(graphs) == [0, 1, 0]
+
+
+def test_an_engine_without_graphs_proposes_eagerly(tiny_target: Path, tiny_heads: Path) -> None:
+    with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm:
+        graphs = model_runner(llm).speculator.graphs
+        assert graphs is not None
+        assert not graphs.needs_capture()
+        assert graphs.replay(torch.zeros(1, graphs.buffers.hidden.shape[1])) is None

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proposal as CUDA graphs: from the hidden states to the drafts in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_medusa.tree.drafts import Drafts
+
+
+@dataclass(frozen=True, eq=False)
+class ProposalBuffers:
+    """What the graphs read and write, for as many requests as a batch can have.
+
+    Rows beyond a batch's requests hold what earlier steps left there, and no request reads them.
+
+    Attributes:
+        hidden: ``[max_num_reqs, hidden_size]``: hidden states.
+        drafts: what is drafted from them; no ``log_probs``, which verification on V2 does not ask for.
+
+    """
+
+    hidden: torch.Tensor
+    drafts: Drafts
+
+    @classmethod
+    def allocate(cls, vllm_config: VllmConfig, num_nodes: int, device: torch.device) -> ProposalBuffers:
+        """Allocate buffers, once for all graphs that an engine captures in its life."""
+        num_reqs, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
+        hidden = torch.zeros(num_reqs, model.get_hidden_size(), dtype=model.dtype, device=device)
+        nodes = torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device)
+        return cls(hidden, Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0])))
+
+    def keep(self, drafts: Drafts) -> None:
+        """Copy drafts into the buffers."""
+        self.drafts.tokens[: len(drafts.tokens)] = drafts.tokens
+        self.drafts.parents[: len(drafts.tokens)] = drafts.parents
+        self.drafts.lengths[: len(drafts.tokens)] = drafts.lengths
+
+    def first(self, num_reqs: int) -> Drafts:
+        """Return the first requests' drafts."""
+        drafts = self.drafts
+        return Drafts(drafts.tokens[:num_reqs], drafts.parents[:num_reqs], drafts.lengths[:num_reqs])
+
+
+class ProposalGraphs(CudaGraphManager):
+    """A graph for each number of requests up to which a batch is padded.
+
+    The numbers are those of vLLM's capture sizes, since a proposal has one row a request. Heads have no attention, so
+    they are captured whole wherever the engine captures anything.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, cudagraph_mode: CUDAGraphMode, buffers: ProposalBuffers
+    ) -> None:
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if cudagraph_mode else CUDAGraphMode.NONE
+        super().__init__(vllm_config, device, mode, decode_query_len=1)
+        self.buffers = buffers
+
+    def capture_proposals(
+        self,
+        propose: Callable[[torch.Tensor], Drafts],  # of hidden states, [num_reqs, hidden_size]
+    ) -> None:
+        """Capture a graph for each number of requests."""
+
+        def create_forward_fn(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            def forward(_mode: CUDAGraphMode) -> None:
+                self.buffers.keep(propose(self.buffers.hidden[: desc.num_reqs]))
+
+            return forward
+
+        self.capture(create_forward_fn, "Capturing Medusa proposals")
+
+    def replay(
+        self,
+        hidden: torch.Tensor,  # [num_reqs, hidden_size]
+    ) -> Drafts | None:
+        """Return the drafts, good until the next replay; None if no graph is captured for so many requests."""
+        num_reqs = len(hidden)
+        desc = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
+        if desc.cg_mode != CUDAGraphMode.FULL:
+            return None
+        self.buffers.hidden[:num_reqs] = hidden
+        self.run_fullgraph(desc)
+        return self.buffers.first(num_reqs)

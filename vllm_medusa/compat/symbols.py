@@ -98,7 +98,14 @@ SIGNATURES: Final = {
         "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
         "seq_lens_upper_bound_np, return_logprobs"
     ),
-    "vllm.v1.worker.gpu.sample.states:SamplingStates.max_num_logprobs": "self, idx_mapping_np",
+    "vllm.v1.worker.gpu.sample.sampler:Sampler.get_logprobs_dims": "self, idx_mapping_np, include_token_ids",
+    "vllm.v1.worker.gpu.sample.output:SamplingMaskTensors.from_logits": (
+        "cls, logits, cu_num_logits, num_sampled_tokens, max_num_kept, rows_per_request"
+    ),
+    "vllm.v1.worker.gpu.sample.output:SamplingMaskTensors.cat": "cls, chunks",
+    "vllm.v1.outputs:LogprobsTensors.cat": "tensors, cu_num_generated_tokens",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:get_max_chunk_logits": "vocab_size",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:_iter_request_chunks": "cu_num_logits, max_chunk_logits",
     "vllm.v1.worker.gpu.sample.logprob:compute_topk_scores": (
         "logits, num_logprobs, sampled_token_ids, cu_num_logits, logprob_token_ids_state, expanded_idx_mapping, "
         "max_per_req_token_ids, logits_mode"
@@ -157,13 +164,14 @@ FIELDS: Final = {
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "num_reqs num_draft_tokens_per_req idx_mapping idx_mapping_np logits_indices input_ids positions seq_lens "
-        "cu_num_logits expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound"
+        "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound"
     ),
     "vllm.v1.worker.gpu.sample.output:SamplerOutput": (
-        "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected"
+        "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected sampling_mask_tensors"
     ),
     "vllm.v1.worker.gpu.sample.sampler:Sampler": (
-        "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode"
+        "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode "
+        "logprob_token_ids_state return_sampling_mask"
     ),
     "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",
 }

@@ -43,7 +43,7 @@ SIGNATURES: Final = {
     f"{V2}.initialize_kv_cache": "self, kv_cache_config, is_profiling, kv_cache_allocation_context",
     f"{V2}.add_requests": "self, scheduler_output",
     f"{V2}.prepare_attn": "self, input_batch",
-    f"{V2}.prepare_dummy_attn": "self, input_batch, valid_state_slots",
+    f"{V2}.get_draft_model": "self",
     f"{V2}.sample": "self, hidden_states, input_batch, grammar_output",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager": "self, cudagraph_mode",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture": "self",

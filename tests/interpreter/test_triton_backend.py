@@ -106,9 +106,9 @@ class Engine:
             buffers=self.buffers,
         )
 
-    def attend(self, metadata: Any, tokens: int) -> torch.Tensor:
+    def attend(self, metadata: Any, tokens: int, *, shares_cache: bool = False) -> torch.Tensor:
         output = torch.full((tokens, HEADS, HEAD_DIM), torch.nan)
-        key = torch.zeros(tokens, KV_HEADS, HEAD_DIM)
+        key = None if shares_cache else torch.zeros(tokens, KV_HEADS, HEAD_DIM)
         return self.impl.forward(self.layer, self.query[:tokens], key, key, self.cache, metadata, output)
 
     def expected(self, lengths: list[int], contexts: list[int], trees: list[DraftTree]) -> torch.Tensor:
@@ -124,7 +124,8 @@ class Engine:
         return torch.cat(rows)
 
 
-def test_requests_with_drafts_go_to_the_kernel_and_the_others_to_the_native_backend() -> None:
+@pytest.mark.parametrize("shares_cache", [False, True], ids=["own cache", "another layer's cache"])
+def test_requests_with_drafts_go_to_the_kernel_and_the_others_to_the_native_backend(shares_cache: bool) -> None:
     engine = Engine()
     lengths, contexts, drafts = [ROWS, 4, 1, 17], [20, 3, 30, 5], [ROWS - 1, 3, 0, 0]
     common = engine.step(lengths, contexts)
@@ -136,7 +137,8 @@ def test_requests_with_drafts_go_to_the_kernel_and_the_others_to_the_native_back
     assert metadata.native.query_start_loc.tolist() == [0, 1, 18]
     trees = [TREE, TREE.prefix(4), DraftTree.chain(0), DraftTree.chain(16)]
     expected = engine.expected(lengths, contexts, trees)
-    torch.testing.assert_close(engine.attend(metadata, sum(lengths)), expected, atol=1e-5, rtol=1e-5)
+    found = engine.attend(metadata, sum(lengths), shares_cache=shares_cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_step_without_drafts_is_vllms_own() -> None:

@@ -358,6 +358,7 @@ def test_another_worker_class_is_refused(models: Models) -> None:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
         ({"runner": "pooling"}, "pooling models"),
+        ({"enable_trace_replay": True}, "trace replay"),
     ],
 )
 def test_an_engine_that_medusa_cannot_serve_is_refused(models: Models, engine: dict[str, Any], said: str) -> None:
@@ -380,9 +381,21 @@ def test_a_target_without_attention_is_refused(models: Models) -> None:
 MROPE = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
 
 
-def test_a_target_with_multi_dimensional_positions_takes_a_chain_and_no_branching_tree(models: Models) -> None:
-    assert 'give medusa_tree "chain"' in models.refusal({"medusa_tree": [2]}, target=MROPE)
-    assert models.medusa({"medusa_tree": "chain"}, target=MROPE).tree.topology.is_chain
+RSWA = {**LLAMA, "rswa_window": 128}
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [(MROPE, "multi-dimensional rotary positions"), (RSWA, "a window that leaves the prompt visible (rswa_window)")],
+    ids=["mrope", "rswa"],
+)
+def test_a_target_whose_trees_cannot_branch_is_served_with_a_chain(
+    models: Models, target: dict[str, Any], said: str
+) -> None:
+    refusal = models.refusal({"medusa_tree": [2]}, target=target)
+    assert f"cannot verify a model with {said}" in refusal
+    assert 'give medusa_tree "chain"' in refusal
+    assert models.medusa({"medusa_tree": "chain"}, target=target).tree.topology.is_chain
 
 
 def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:

@@ -122,6 +122,7 @@ FIELDS: Final = {
         "method model num_speculative_tokens draft_tensor_parallel_size revision code_revision target_model_config "
         "target_parallel_config draft_model_config draft_parallel_config"
     ),
+    "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window",
     "vllm.engine.arg_utils:EngineArgs": "speculative_config spec_method spec_model spec_tokens",
     "vllm.config.parallel:ParallelConfig": (
         "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"

@@ -155,8 +155,8 @@ class TreeImplMixin:
         self,
         layer: Any,
         query: torch.Tensor,  # [tokens, heads, head_dim]
-        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
-        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        key: torch.Tensor | None,  # [tokens, kv_heads, head_dim]; None where the cache is another layer's
+        value: torch.Tensor | None,  # [tokens, kv_heads, head_dim]
         kv_cache: torch.Tensor,  # [blocks, kv_heads, block_size, 2 * head_dim]
         attn_metadata: Any,
         output: torch.Tensor,  # [tokens, heads, head_dim]
@@ -169,7 +169,8 @@ class TreeImplMixin:
             return native(layer, query, key, value, kv_cache, own, output, output_scale, output_block_scale)
         first = own.num_tokens
         if own.native is not None:
-            native(layer, query[first:], key[first:], value[first:], kv_cache, own.native, output[first:])
+            key, value = (each[first:] if each is not None else None for each in (key, value))
+            native(layer, query[first:], key, value, kv_cache, own.native, output[first:])
         key_cache, value_cache = self._caches(kv_cache)
         if self._options is None:
             self._options = self._layer_options(layer)

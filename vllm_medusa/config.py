@@ -25,7 +25,7 @@ few."""
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
-    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
 }
 """KV caches under which each platform's attention can mask a branching tree."""
 

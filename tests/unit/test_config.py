@@ -342,9 +342,10 @@ def test_a_gpu_takes_a_branching_tree_with_an_fp8_cache(models: Models, monkeypa
     config = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
     monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
     check_engine(config)
-    config.cache_config.cache_dtype = "int8_per_token_head"
-    with pytest.raises(ValueError, match="quantised KV cache"):
-        check_engine(config)
+    for dtype in ("int8_per_token_head", "fp8_e5m2"):
+        config.cache_config.cache_dtype = dtype
+        with pytest.raises(ValueError, match=f"quantised KV cache .*{dtype}"):
+            check_engine(config)
 
 
 def test_another_worker_class_is_refused(models: Models) -> None:

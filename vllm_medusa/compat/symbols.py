@@ -139,12 +139,10 @@ FIELDS: Final = {
         "num_kv_heads num_queries_per_kv scale sliding_window logits_soft_cap alibi_slopes sinks"
     ),
     f"{FLASH_ATTENTION}:FlashAttentionImpl": (
-        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window "
-        "supports_quant_query_input"
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window"
     ),
     f"{TRITON_ATTENTION}:TritonAttentionImpl": (
-        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback "
-        "supports_quant_query_input"
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback"
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups",
     "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_new_reqs",

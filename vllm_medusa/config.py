@@ -25,7 +25,7 @@ few."""
 
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
-    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
 }
 """KV caches under which each platform's attention can mask a branching tree."""
 
@@ -216,6 +216,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             )
             > 1,
             "batch-sharded sampling": bool(self.target_parallel_config.enable_batch_sharded_sampling),
+            "trace replay (enable_trace_replay)": target.enable_trace_replay,
         }
         for what, asked in unsupported.items():
             if asked:
@@ -229,6 +230,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         unsupported = {
             "multi-head latent attention": target.use_mla,
             "multi-dimensional rotary positions": target.uses_mrope or getattr(target, "uses_xdrope_dim", 0) > 0,
+            "a window that leaves the prompt visible (rswa_window)": target.rswa_window is not None,
         }
         for what, used in unsupported.items():
             if used and tree.branches:

@@ -23,10 +23,15 @@ pytestmark = [
 ]
 STATIC = {"plan": 1, "verification": 6, "commit": 1, "proposal": 9}
 DYNAMIC = {"plan": 1, "verification": 6, "commit": 1, "proposal": 29}
+CHAIN = {"plan": 1, "verification": 6, "commit": 0, "proposal": 9}
 """Of one step, with four heads, two layers and one KV cache group, in fp32; docs/architecture.md states them."""
 
 
-@pytest.mark.parametrize(("tree", "launches"), [([3, 2, 1], STATIC), ("dynamic", DYNAMIC)], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("tree", "launches"),
+    [([3, 2, 1], STATIC), ("dynamic", DYNAMIC), ("chain", CHAIN)],
+    ids=["static", "dynamic", "chain"],
+)
 def test_a_step_launches_few_kernels_and_waits_for_none(
     tree: Tree, launches: dict[str, int], tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
 ) -> None:
@@ -37,7 +42,8 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
         verifier = runner.rejection_sampler
         runner.speculator.proposer.model.lm_heads.parts.clear()  # Multiply as on a GPU, all heads at once.
         runner.prepare_attn = watch.watching("plan", runner.prepare_attn)
-        runner._commit = watch.watching("commit", runner._commit)
+        if runner._commit is not None:
+            runner._commit = watch.watching("commit", runner._commit)
         runner.speculator.propose = watch.watching("proposal", runner.speculator.propose)
         watched_call = watch.watching("verification", type(verifier).__call__)
         verifier.__class__ = type("Watched", (type(verifier),), {"__call__": watched_call})

@@ -66,6 +66,8 @@ class Layer:
     head_dim: int = 32
     dtype: torch.dtype = torch.float32
     is_quantised: bool = False
+    has_quantised_queries: bool = False
+    has_scales_by_head: bool = False
     soft_cap: float | None = None
     window: int | None = None
     has_sinks: bool = False
@@ -94,6 +96,14 @@ class Request:
         return len(self.tree)
 
 
+def scaled(numbers: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """``[tokens, heads, head_dim]``, each KV head's numbers times its scale, float64."""
+    if scale is None:
+        return numbers.double()
+    by_head = scale.expand(max(scale.numel(), 1)).repeat_interleave(numbers.shape[1] // max(scale.numel(), 1))
+    return numbers.double() * by_head[:, None]
+
+
 @dataclass
 class Step:
     """Requests with random tensors, in a paged cache that holds NaN wherever no row may look; then padding requests."""
@@ -112,10 +122,14 @@ class Step:
 
         self.start = torch.tensor([0, *(request.rows for request in self.requests)]).cumsum(0).tolist()
         tokens, heads = self.start[-1] + self.padding, layer.kv_heads * layer.group
-        self.query = random(tokens, heads, layer.head_dim).to(layer.dtype)
+        self.query = random(tokens, heads, layer.head_dim).to(
+            torch.float8_e4m3fn if layer.has_quantised_queries else layer.dtype
+        )
         self.query[self.start[-1] :] = torch.nan
         self.sinks = random(heads).to(layer.dtype) if layer.has_sinks else None
-        self.scales = torch.tensor([0.5, 1.5]) if layer.is_quantised else torch.ones(2)
+        each = 0.5 + random(layer.kv_heads).abs() if layer.has_scales_by_head else torch.tensor(1.5)
+        self.query_scale = each * 0.5 if layer.has_quantised_queries else None
+        self.scales = (each.flip(0) if each.dim() else each, each * 0.7) if layer.is_quantised else (None, None)
 
         widest = max(-(-(request.context + request.rows) // layer.block_size) for request in self.requests)
         pages = len(self.requests) * widest
@@ -153,12 +167,11 @@ class Step:
             depths=depth,
             max_rows=max(request.rows for request in self.requests),
         )
-        key_scale, value_scale = self.scales if layer.is_quantised else (None, None)
-        options = LayerOptions(layer.scale, layer.soft_cap, layer.window, self.sinks, key_scale, value_scale)
+        options = LayerOptions(layer.scale, layer.soft_cap, layer.window, self.sinks, self.query_scale, *self.scales)
         workspace = Workspace.allocate(layer.head_dim, MAX_REQUESTS, PROCESSORS, torch.device("cpu"))
         workspace.partial.fill_(torch.nan)
         workspace.log_total.fill_(torch.nan)
-        self.output = torch.full_like(self.query, UNTOUCHED)
+        self.output = torch.full_like(self.query, UNTOUCHED, dtype=layer.dtype)
         tree_attention(self.query, *self.cache, self.output, step, options, workspace, tiling)
 
     def expected(self, index: int) -> torch.Tensor:
@@ -167,10 +180,10 @@ class Step:
         slot = torch.arange(request.context + request.rows)
         page = self.block_table[index, slot // layer.block_size]
         key, value = (
-            (tensor[page, slot % layer.block_size].double() * scale).nan_to_num()
+            scaled(tensor[page, slot % layer.block_size], scale).nan_to_num()
             for tensor, scale in zip(self.cache, self.scales, strict=True)
         )
-        query = self.query[self.start[index] : self.start[index + 1]].double()
+        query = scaled(self.query[self.start[index] : self.start[index + 1]], self.query_scale)
         ancestors, depths = request.tree.ancestors, request.tree.depths
         if self.sinks is not None:
             # One more number per head and one more row: a key that every row sees, whose score is the sink.
@@ -207,6 +220,8 @@ layers = st.builds(
     head_dim=st.sampled_from([16, 64, 80, 96, 128, 256]),
     dtype=st.sampled_from(list(TOLERANCE)),
     is_quantised=st.booleans(),
+    has_quantised_queries=st.booleans(),
+    has_scales_by_head=st.booleans(),
     soft_cap=st.none() | st.floats(4, 20),
     window=st.none() | st.integers(1, 60),
     has_sinks=st.booleans(),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -53,7 +54,7 @@ def builder(kind: type = TreeTritonAttentionMetadataBuilder) -> Any:
 class Engine:
     """Buffers at fixed addresses, as the model runner has them, and one layer over a cache of random numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_dtype: str = "auto") -> None:
         generator = torch.Generator().manual_seed(0)
         self.cache = torch.randn(BLOCKS, KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM, generator=generator)
         self.query = torch.randn(MAX_TOKENS, HEADS, HEAD_DIM, generator=generator)
@@ -65,7 +66,7 @@ class Engine:
         self.builder.trees = self.buffers
         with set_current_vllm_config(VllmConfig()):
             self.impl = TreeTritonAttentionImpl(
-                HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, None, "auto", kv_sharing_target_layer_name=None
+                HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, None, cache_dtype, kv_sharing_target_layer_name=None
             )
         self.layer = SimpleNamespace(_q_scale=torch.ones(()), _k_scale=torch.ones(()), _v_scale=torch.ones(()))
 
@@ -106,9 +107,9 @@ class Engine:
             buffers=self.buffers,
         )
 
-    def attend(self, metadata: Any, tokens: int) -> torch.Tensor:
+    def attend(self, metadata: Any, tokens: int, *, shares_cache: bool = False) -> torch.Tensor:
         output = torch.full((tokens, HEADS, HEAD_DIM), torch.nan)
-        key = torch.zeros(tokens, KV_HEADS, HEAD_DIM)
+        key = None if shares_cache else torch.zeros(tokens, KV_HEADS, HEAD_DIM)
         return self.impl.forward(self.layer, self.query[:tokens], key, key, self.cache, metadata, output)
 
     def expected(self, lengths: list[int], contexts: list[int], trees: list[DraftTree]) -> torch.Tensor:
@@ -124,7 +125,8 @@ class Engine:
         return torch.cat(rows)
 
 
-def test_requests_with_drafts_go_to_the_kernel_and_the_others_to_the_native_backend() -> None:
+@pytest.mark.parametrize("shares_cache", [False, True], ids=["own cache", "another layer's cache"])
+def test_requests_with_drafts_go_to_the_kernel_and_the_others_to_the_native_backend(shares_cache: bool) -> None:
     engine = Engine()
     lengths, contexts, drafts = [ROWS, 4, 1, 17], [20, 3, 30, 5], [ROWS - 1, 3, 0, 0]
     common = engine.step(lengths, contexts)
@@ -136,7 +138,35 @@ def test_requests_with_drafts_go_to_the_kernel_and_the_others_to_the_native_back
     assert metadata.native.query_start_loc.tolist() == [0, 1, 18]
     trees = [TREE, TREE.prefix(4), DraftTree.chain(0), DraftTree.chain(16)]
     expected = engine.expected(lengths, contexts, trees)
-    torch.testing.assert_close(engine.attend(metadata, sum(lengths)), expected, atol=1e-5, rtol=1e-5)
+    found = engine.attend(metadata, sum(lengths), shares_cache=shares_cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_queries_and_a_cache_that_the_layer_has_quantised_are_scaled_by_head() -> None:
+    engine = Engine("fp8")
+    layer = engine.layer
+    layer._q_scale, layer._k_scale, layer._v_scale = (torch.tensor(each) for each in ([0.5, 2.0], [1.5, 0.7], [0.8, 3]))
+    quantised_query, quantised_cache = (each.to(torch.float8_e4m3fn) for each in (engine.query, engine.cache))
+    # What the numbers stand for, for the reference.
+    engine.query = quantised_query.float() * layer._q_scale.repeat_interleave(HEADS // KV_HEADS)[:, None]
+    by_number = torch.stack([layer._k_scale, layer._v_scale], dim=1).repeat_interleave(HEAD_DIM, dim=1)
+    engine.cache = quantised_cache.float() * by_number[:, None]
+    lengths, contexts = [ROWS, ROWS], [20, 3]
+    common = engine.step(lengths, contexts)
+    engine.announce([ROWS - 1, ROWS - 1], lengths)
+    expected = engine.expected(lengths, contexts, [TREE, TREE])
+
+    engine.query, engine.cache = quantised_query, quantised_cache.view(torch.uint8)
+    found = engine.attend(engine.builder.build(0, common), sum(lengths))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_layer_quantises_queries_where_it_does_for_the_native_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention takes no others over an fp8 cache, and its logits are the target's."""
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    with set_current_vllm_config(VllmConfig()):
+        impl = TreeTritonAttentionImpl(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto")
+    assert impl.supports_quant_query_input
 
 
 def test_a_step_without_drafts_is_vllms_own() -> None:

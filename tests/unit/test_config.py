@@ -342,9 +342,10 @@ def test_a_gpu_takes_a_branching_tree_with_an_fp8_cache(models: Models, monkeypa
     config = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
     monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
     check_engine(config)
-    config.cache_config.cache_dtype = "int8_per_token_head"
-    with pytest.raises(ValueError, match="quantised KV cache"):
-        check_engine(config)
+    for dtype in ("int8_per_token_head", "fp8_e5m2"):
+        config.cache_config.cache_dtype = dtype
+        with pytest.raises(ValueError, match=f"quantised KV cache .*{dtype}"):
+            check_engine(config)
 
 
 def test_another_worker_class_is_refused(models: Models) -> None:
@@ -358,6 +359,7 @@ def test_another_worker_class_is_refused(models: Models) -> None:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
         ({"runner": "pooling"}, "pooling models"),
+        ({"enable_trace_replay": True}, "trace replay"),
     ],
 )
 def test_an_engine_that_medusa_cannot_serve_is_refused(models: Models, engine: dict[str, Any], said: str) -> None:
@@ -380,9 +382,21 @@ def test_a_target_without_attention_is_refused(models: Models) -> None:
 MROPE = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
 
 
-def test_a_target_with_multi_dimensional_positions_takes_a_chain_and_no_branching_tree(models: Models) -> None:
-    assert 'give medusa_tree "chain"' in models.refusal({"medusa_tree": [2]}, target=MROPE)
-    assert models.medusa({"medusa_tree": "chain"}, target=MROPE).tree.topology.is_chain
+RSWA = {**LLAMA, "rswa_window": 128}
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [(MROPE, "multi-dimensional rotary positions"), (RSWA, "a window that leaves the prompt visible (rswa_window)")],
+    ids=["mrope", "rswa"],
+)
+def test_a_target_whose_trees_cannot_branch_is_served_with_a_chain(
+    models: Models, target: dict[str, Any], said: str
+) -> None:
+    refusal = models.refusal({"medusa_tree": [2]}, target=target)
+    assert f"cannot verify a model with {said}" in refusal
+    assert 'give medusa_tree "chain"' in refusal
+    assert models.medusa({"medusa_tree": "chain"}, target=target).tree.topology.is_chain
 
 
 def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:

@@ -99,11 +99,12 @@ def attend(
     head_dim: int = 128,
     requests: int = 1,
     cache_dtype: torch.dtype = torch.bfloat16,
+    query_dtype: torch.dtype = torch.bfloat16,
     **options: Any,
 ) -> list[Launch]:
     """Ask for the launches of a step in which every request has that many rows."""
     tokens, kv_heads, heads = requests * rows, 8, 8 * group
-    query = empty(tokens, heads, head_dim, dtype=torch.bfloat16)
+    query = empty(tokens, heads, head_dim, dtype=query_dtype)
     cache = empty(99, 16, kv_heads, 2 * head_dim, dtype=cache_dtype)
     step = AttentionStep(
         query_start_loc=empty(requests + 1, dtype=torch.int32),
@@ -118,7 +119,7 @@ def attend(
         tree_attention(
             query,
             *cache.split(head_dim, dim=-1),
-            torch.empty_like(query),
+            torch.empty_like(query, dtype=torch.bfloat16),
             step,
             LayerOptions(0.1, **options),
             workspace,
@@ -140,6 +141,13 @@ def scalar() -> torch.Tensor:
             {"rows": 1, "group": 4, "cache_dtype": torch.float8_e4m3fn, "key_scale": scalar(), "value_scale": scalar()},
             id="plain-fp8",
         ),
+        pytest.param(
+            {
+                **{"rows": 64, "group": 4, "cache_dtype": torch.float8_e4m3fn, "query_dtype": torch.float8_e4m3fn},
+                **dict.fromkeys(["query_scale", "key_scale", "value_scale"], empty(8, dtype=torch.float32)),
+            },
+            id="tree-fp8-by-head",
+        ),
     ],
 )
 def test_attention_fits_into_registers_and_leaves_shared_memory_for_a_second_program(
@@ -158,7 +166,7 @@ def test_a_batch_that_keeps_the_device_busy_by_itself_is_one_launch() -> None:
 
 def test_the_trees_the_walk_and_the_commit_are_one_launch_each(tmp_path: Path) -> None:
     buffers = StepTrees.allocate(31, 2, 80, torch.device("meta"))
-    table = CacheTable((empty(99, 16, 8, 64),) * 32, empty(32))
+    table = CacheTable(empty(32), empty(99, 16, 8, 64))
     with launches() as noted:
         trees = derive_trees_on_device(
             empty(2, 31), empty(2), empty(3), empty(3), empty(64), empty(80), empty(80), 4, 2, buffers

@@ -43,14 +43,18 @@ class Walk:
         """``[num_reqs]``, int64: the row at which each request stopped."""
         return self.rows.amax(dim=1)
 
+    def shifted(self, first_row: int) -> Walk:
+        """Return the walk in a step where this one's row 0 is that row."""
+        return Walk(self.tokens, torch.where(self.rows >= 0, self.rows + first_row, NO_TOKEN))
 
-def walk(trees: StepTrees, draw: Draw) -> Walk:
+
+def walk(trees: StepTrees, draw: Draw, *, may_wait: bool = True) -> Walk:
     """Walk every request's tree from its root, one draw a level, until no child carries the token drawn.
 
     Args:
         trees: the step's trees.
-        draw: the target's sampler; called once a level, at most ``trees.max_depth + 1`` times, and not again once no
-            request walks.
+        draw: the target's sampler; called once a level, at most ``trees.max_depth + 1`` times.
+        may_wait: whether to look, after each level, if some request walks on; otherwise every level is drawn.
 
     """
     row = trees.roots.long()
@@ -64,7 +68,7 @@ def walk(trees: StepTrees, draw: Draw) -> Walk:
             break
         child = trees.children(row, drawn)
         walking = walking & (child >= 0)
-        if row.device.type == "cpu" and not walking.any():
+        if may_wait and not walking.any():
             break
         row = torch.where(walking, child, row)
     return Walk(torch.stack(tokens, dim=1), torch.stack(rows, dim=1))

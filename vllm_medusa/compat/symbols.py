@@ -46,7 +46,7 @@ SIGNATURES: Final = {
     f"{V2}.initialize_kv_cache": "self, kv_cache_config, is_profiling, kv_cache_allocation_context",
     f"{V2}.add_requests": "self, scheduler_output",
     f"{V2}.prepare_attn": "self, input_batch",
-    f"{V2}.prepare_dummy_attn": "self, input_batch, valid_state_slots",
+    f"{V2}.get_draft_model": "self",
     f"{V2}.sample": "self, hidden_states, input_batch, grammar_output",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager": "self, cudagraph_mode",
     "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture": "self",
@@ -127,7 +127,14 @@ SIGNATURES: Final = {
         "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
         "seq_lens_upper_bound_np, return_logprobs"
     ),
-    "vllm.v1.worker.gpu.sample.states:SamplingStates.max_num_logprobs": "self, idx_mapping_np",
+    "vllm.v1.worker.gpu.sample.sampler:Sampler.get_logprobs_dims": "self, idx_mapping_np, include_token_ids",
+    "vllm.v1.worker.gpu.sample.output:SamplingMaskTensors.from_logits": (
+        "cls, logits, cu_num_logits, num_sampled_tokens, max_num_kept, rows_per_request"
+    ),
+    "vllm.v1.worker.gpu.sample.output:SamplingMaskTensors.cat": "cls, chunks",
+    "vllm.v1.outputs:LogprobsTensors.cat": "tensors, cu_num_generated_tokens",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:get_max_chunk_logits": "vocab_size",
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:_iter_request_chunks": "cu_num_logits, max_chunk_logits",
     "vllm.v1.worker.gpu.sample.logprob:compute_topk_scores": (
         "logits, num_logprobs, sampled_token_ids, cu_num_logits, logprob_token_ids_state, expanded_idx_mapping, "
         "max_per_req_token_ids, logits_mode"
@@ -144,6 +151,7 @@ FIELDS: Final = {
         "method model num_speculative_tokens draft_tensor_parallel_size revision code_revision target_model_config "
         "target_parallel_config draft_model_config draft_parallel_config"
     ),
+    "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window",
     "vllm.engine.arg_utils:EngineArgs": "speculative_config spec_method spec_model spec_tokens",
     "vllm.config.parallel:ParallelConfig": (
         "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"
@@ -165,12 +173,10 @@ FIELDS: Final = {
         "org_vocab_start_index org_vocab_end_index num_org_vocab_padding"
     ),
     f"{FLASH_ATTENTION}:FlashAttentionImpl": (
-        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window "
-        "supports_quant_query_input"
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window"
     ),
     f"{TRITON_ATTENTION}:TritonAttentionImpl": (
-        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback "
-        "supports_quant_query_input"
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback"
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups",
     "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_new_reqs",
@@ -191,13 +197,14 @@ FIELDS: Final = {
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "num_reqs num_draft_tokens_per_req idx_mapping idx_mapping_np logits_indices input_ids positions seq_lens "
-        "cu_num_logits expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound"
+        "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound"
     ),
     "vllm.v1.worker.gpu.sample.output:SamplerOutput": (
-        "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected"
+        "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected sampling_mask_tensors"
     ),
     "vllm.v1.worker.gpu.sample.sampler:Sampler": (
-        "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode"
+        "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode "
+        "logprob_token_ids_state return_sampling_mask"
     ),
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_reqs",
     "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",

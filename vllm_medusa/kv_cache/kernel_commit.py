@@ -47,15 +47,18 @@ class KernelCommit:
 class CacheTable:
     """Layers' caches of one shape and layout, so that one launch reaches them all.
 
+    It holds no memory of theirs: vLLM makes a small cache to profile CUDA graphs, and frees it before the real one.
+
     Attributes:
-        caches: ``[blocks, block_size, kv_heads, words]`` each, viewed as integers: what a head keeps for a slot, scales
-            included. A layout that has keys and values apart makes two caches of a layer.
-        addresses: ``[caches]``, int64, on the caches' device.
+        addresses: ``[caches]``, int64, on the caches' device. A layout that has keys and values apart makes two caches
+            of a layer.
+        layout: ``[blocks, block_size, kv_heads, words]``, on the meta device: each cache's sizes and strides, viewed as
+            integers: what a head keeps for a slot, scales included.
 
     """
 
-    caches: tuple[torch.Tensor, ...]
     addresses: torch.Tensor
+    layout: torch.Tensor
 
     @classmethod
     def group(cls, caches: Sequence[torch.Tensor]) -> list[CacheTable]:
@@ -65,12 +68,15 @@ class CacheTable:
             caches: ``[blocks, block_size, kv_heads, content]`` each, of any dtype and strides but the last, which is 1.
 
         """
-        groups: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], dict[int, torch.Tensor]] = {}
+        groups: dict[tuple[torch.Size, tuple[int, ...], torch.dtype], set[int]] = {}
         for cache in map(_as_words, caches):
-            groups.setdefault((cache.shape, cache.stride(), cache.dtype), {})[cache.data_ptr()] = cache
+            groups.setdefault((cache.shape, cache.stride(), cache.dtype), set()).add(cache.data_ptr())
         return [
-            cls(tuple(group.values()), torch.tensor(list(group), dtype=torch.int64, device=caches[0].device))
-            for group in groups.values()
+            cls(
+                addresses=torch.tensor(sorted(addresses), dtype=torch.int64, device=caches[0].device),
+                layout=torch.empty_strided(shape, stride, dtype=dtype, device="meta"),
+            )
+            for (shape, stride, dtype), addresses in groups.items()
         ]
 
 
@@ -89,9 +95,9 @@ def move_accepted(
         slots: where each of the step's tokens was written.
 
     """
-    (num_reqs, levels), cache = accepted.rows.shape, table.caches[0]
-    _, block_size, kv_heads, words = cache.shape
-    _move_kernel[(num_reqs, len(table.caches), kv_heads)](
+    (num_reqs, levels), layout = accepted.rows.shape, table.layout
+    _, block_size, kv_heads, words = layout.shape
+    _move_kernel[(num_reqs, len(table.addresses), kv_heads)](
         table.addresses,
         accepted.rows,
         trees.cu_num_rows,
@@ -99,11 +105,11 @@ def move_accepted(
         slots,
         levels,
         accepted.rows.stride(0),
-        *cache.stride()[:3],
+        *layout.stride()[:3],
         block_size=block_size,
         words=words,
         padded_words=triton.next_power_of_2(words),
-        word_type=WORDS[cache.dtype],
+        word_type=WORDS[layout.dtype],
         num_warps=1,
     )
 

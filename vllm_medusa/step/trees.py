@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,6 +80,16 @@ class StepTrees:
         parents = self.parents.numpy()
         bent = np.flatnonzero((parents >= 0) & (parents != np.arange(-1, len(parents) - 1)))
         return torch.from_numpy(np.unique(np.searchsorted(self.cu_num_rows.numpy(), bent, side="right")) - 1)
+
+    def part(self, start: int, end: int, first_row: int, last_row: int) -> StepTrees:
+        """Return the trees of the requests from ``start`` to ``end``, excluded, whose rows these are, as a step's."""
+        return replace(
+            self,
+            cu_num_rows=self.cu_num_rows[start : end + 1] - first_row,
+            logits_indices=self.logits_indices[first_row:last_row],
+            tokens=self.tokens[first_row:last_row],
+            parents=(self.parents[first_row:last_row] - first_row).clamp(min=ROOT),
+        )
 
     @classmethod
     def allocate(cls, num_nodes: int, max_num_reqs: int, max_num_tokens: int, device: torch.device) -> StepTrees:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -133,7 +134,6 @@ class TreeImplMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.supports_quant_query_input = False  # Our kernel takes queries as they are, whatever the cache holds.
         unsupported = {
             "ALiBi": self.alibi_slopes is not None,
             "chunked local attention": getattr(self, "chunk_lookback", -1) >= 0,
@@ -155,8 +155,8 @@ class TreeImplMixin:
         self,
         layer: Any,
         query: torch.Tensor,  # [tokens, heads, head_dim]
-        key: torch.Tensor,  # [tokens, kv_heads, head_dim]
-        value: torch.Tensor,  # [tokens, kv_heads, head_dim]
+        key: torch.Tensor | None,  # [tokens, kv_heads, head_dim]; None where the cache is another layer's
+        value: torch.Tensor | None,  # [tokens, kv_heads, head_dim]
         kv_cache: torch.Tensor,  # [blocks, kv_heads, block_size, 2 * head_dim]
         attn_metadata: Any,
         output: torch.Tensor,  # [tokens, heads, head_dim]
@@ -169,21 +169,22 @@ class TreeImplMixin:
             return native(layer, query, key, value, kv_cache, own, output, output_scale, output_block_scale)
         first = own.num_tokens
         if own.native is not None:
-            native(layer, query[first:], key[first:], value[first:], kv_cache, own.native, output[first:])
+            key, value = (each[first:] if each is not None else None for each in (key, value))
+            native(layer, query[first:], key, value, kv_cache, own.native, output[first:])
         key_cache, value_cache = self._caches(kv_cache)
         if self._options is None:
-            self._options = self._layer_options(layer)
+            self._options = self._layer_options(layer, query.dtype)
         tree_attention(query[:first], key_cache, value_cache, output[:first], own.step, self._options, own.workspace)
         return output
 
     def _caches(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """View a cache as keys and values, ``[blocks, block_size, kv_heads, head_dim]`` each."""
         if self.kv_cache_dtype.startswith("fp8"):
-            kv_cache = kv_cache.view(torch.float8_e5m2 if self.kv_cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn)
+            kv_cache = kv_cache.view(current_platform.fp8_dtype())
         key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         return key_cache, value_cache
 
-    def _layer_options(self, layer: Any) -> LayerOptions:
+    def _layer_options(self, layer: Any, query_dtype: torch.dtype) -> LayerOptions:
         is_quantised = self.kv_cache_dtype.startswith("fp8")
         behind, _ = self.sliding_window
         return LayerOptions(
@@ -191,6 +192,8 @@ class TreeImplMixin:
             soft_cap=self.logits_soft_cap or None,
             window=behind + 1 if behind >= 0 else None,
             sinks=self.sinks,
+            # Where FlashAttention wants queries as the cache is, the layer quantises those of all requests.
+            query_scale=layer._q_scale if query_dtype == current_platform.fp8_dtype() else None,
             key_scale=layer._k_scale if is_quantised else None,
             value_scale=layer._v_scale if is_quantised else None,
         )

@@ -37,8 +37,9 @@ def attend_kernel(
     ancestor_bits_ptr: tl.tensor,  # [num_tokens, words], int64
     depths_ptr: tl.tensor,  # [num_tokens]
     sinks_ptr: tl.tensor,  # [heads], or None
-    key_scale_ptr: tl.tensor,  # scalar, or None
-    value_scale_ptr: tl.tensor,  # scalar, or None
+    query_scale_ptr: tl.tensor,  # [kv_heads], or None
+    key_scale_ptr: tl.tensor,  # [kv_heads], or None
+    value_scale_ptr: tl.tensor,  # [kv_heads], or None
     scale: tl.tensor,
     soft_cap: tl.tensor,
     num_reqs: tl.tensor,
@@ -54,6 +55,9 @@ def attend_kernel(
     output_token_stride: tl.tensor,
     output_head_stride: tl.tensor,
     block_table_stride: tl.tensor,
+    query_scale_stride: tl.tensor,
+    key_scale_stride: tl.tensor,
+    value_scale_stride: tl.tensor,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     group: tl.constexpr,
@@ -96,7 +100,7 @@ def attend_kernel(
     is_dim = dim < head_dim
     is_number = is_row[:, None] & is_dim[None, :]
     query_at = (token * query_token_stride + head * query_head_stride)[:, None] + dim[None, :]
-    query = tl.load(query_ptr + query_at, mask=is_number, other=0.0)
+    query = tl.load(query_ptr + query_at, mask=is_number, other=0.0).to(output_ptr.dtype.element_ty)
 
     # Bound the keys by what the rows may see.
     context = tl.load(seq_lens_ptr + request) - rows
@@ -133,8 +137,10 @@ def attend_kernel(
         maximum = tl.where(split == 0, sink, maximum)
         total = tl.where(split == 0, 1.0, total)
     score_scale = scale
+    if query_scale_ptr is not None:
+        score_scale = score_scale * tl.load(query_scale_ptr + kv_head * query_scale_stride)
     if key_scale_ptr is not None:
-        score_scale = score_scale * tl.load(key_scale_ptr)
+        score_scale = score_scale * tl.load(key_scale_ptr + kv_head * key_scale_stride)
     if not capped:
         score_scale = score_scale * LOG2_E
     key_cache = key_cache_ptr + kv_head.to(tl.int64) * key_head_stride + dim[None, :]
@@ -193,7 +199,7 @@ def attend_kernel(
     # Write the output, or what the merge needs of this stretch.
     output = accumulated / tl.where(total > 0, total, 1.0)[:, None]
     if value_scale_ptr is not None:
-        output = output * tl.load(value_scale_ptr)
+        output = output * tl.load(value_scale_ptr + kv_head * value_scale_stride)
     if is_split:
         partial = (token * (tl.num_programs(1) * group) + head) * splits + split
         tl.store(log_total_ptr + partial, maximum + tl.log2(total), mask=is_row)

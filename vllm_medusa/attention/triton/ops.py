@@ -62,8 +62,9 @@ class LayerOptions:
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         window: a row sees only keys fewer than this many positions before its own.
         sinks: ``[heads]``: score of a further key, seen by every row, whose value is zero.
-        key_scale: scalar, float32: what a quantised cache's keys are to be multiplied by.
-        value_scale: scalar, float32: the same for its values.
+        query_scale: scalar or ``[kv_heads]``, float32: what quantised queries are to be multiplied by.
+        key_scale: the same for a quantised cache's keys.
+        value_scale: the same for its values.
 
     """
 
@@ -71,6 +72,7 @@ class LayerOptions:
     soft_cap: float | None = None
     window: int | None = None
     sinks: torch.Tensor | None = None
+    query_scale: torch.Tensor | None = None
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
 
@@ -150,7 +152,7 @@ def choose_tiling(
         heads: query heads.
         kv_heads: KV heads.
         head_dim: numbers per head.
-        query_bytes: per number.
+        query_bytes: per number, as they are multiplied.
         cache_bytes: per number.
         programs: how many keep the device busy; slots are split until there are about as many.
 
@@ -183,13 +185,14 @@ def tree_attention(
 ) -> None:
     """Attend from each of a step's rows to the keys that it sees, in one launch or, with splits, two.
 
-    Scores and sums are float32; products are taken in the query's dtype. Nothing waits for the device.
+    Scores and sums are float32; products are taken in the output's dtype. Nothing waits for the device.
 
     Args:
-        query: ``[num_tokens, heads, head_dim]``, float32, float16 or bfloat16; the last stride is 1, as in all below.
-        key_cache: ``[blocks, block_size, kv_heads, head_dim]``, of the query's dtype or an eight-bit float.
+        query: ``[num_tokens, heads, head_dim]``, of the output's dtype or an eight-bit float; the last stride is 1, as
+            in all below.
+        key_cache: ``[blocks, block_size, kv_heads, head_dim]``, the same.
         value_cache: the same.
-        output: ``[num_tokens, heads, head_dim]``, written in place.
+        output: ``[num_tokens, heads, head_dim]``, float32, float16 or bfloat16, written in place.
         step: which keys each token sees.
         options: how the layer attends.
         workspace: of the layer's head_dim.
@@ -211,7 +214,7 @@ def tree_attention(
             heads,
             kv_heads,
             head_dim,
-            query.element_size(),
+            output.element_size(),
             key_cache.element_size(),
             workspace.programs,
         )
@@ -228,6 +231,7 @@ def tree_attention(
         step.ancestor_bits,
         step.depths,
         options.sinks,
+        options.query_scale,
         options.key_scale,
         options.value_scale,
         options.scale,
@@ -241,6 +245,9 @@ def tree_attention(
         output.stride(0),
         output.stride(1),
         step.block_table.stride(0),
+        _head_stride(options.query_scale),
+        _head_stride(options.key_scale),
+        _head_stride(options.value_scale),
         head_dim=head_dim,
         padded_dim=max(next_power_of_2(head_dim), MIN_DOT),
         group=heads // kv_heads,
@@ -270,3 +277,8 @@ def tree_attention(
             padded_splits=next_power_of_2(tiling.splits),
             num_warps=1,
         )
+
+
+def _head_stride(scale: torch.Tensor | None) -> int:
+    """Return how far apart the scales of two KV heads lie."""
+    return scale.stride(0) if scale is not None and scale.numel() > 1 else 0

@@ -144,7 +144,16 @@ class MedusaModelRunner(GPUModelRunner):
             check_backends(self._groups())
         log_start(self.vllm_config, tree, self._groups())
         announce_trees(self._groups(), self._buffers)
-        self._commit = self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
+        # A chain's accepted rows are in place already. A model that only chains serve (MLA) may have any cache.
+        self._commit = (
+            self.commit_class(self.kv_cache_config, self.compilation_config.static_forward_context)
+            if tree.branches
+            else None
+        )
+
+    def get_draft_model(self) -> nn.Module:
+        """Return the heads, for what the worker does to a draft model's weights: sleep and updates."""
+        return self.speculator.proposer.model
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         """Add the step's new requests, and note which follow a grammar: their drafts must be chains."""
@@ -174,22 +183,21 @@ class MedusaModelRunner(GPUModelRunner):
         self._slots = slot_mappings
         return block_tables, slot_mappings
 
-    def prepare_dummy_attn(self, *args: Any, **kwargs: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Prepare a warm-up run, which has no trees."""
-        announce_trees(self._groups(), self._buffers)
-        return super().prepare_dummy_attn(*args, **kwargs)
-
     def sample(
         self, hidden_states: torch.Tensor, input_batch: InputBatch, grammar_output: GrammarOutput | None
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """Walk the trees in the place of rejection sampling, and commit the accepted rows' keys and values."""
         trees, verifier = self._trees, self.rejection_sampler
+        # A step's trees serve that step alone: what is built next for warm-up or capture has none.
+        self._trees = self._buffers
+        announce_trees(self._groups(), self._buffers)
         assert isinstance(verifier, TreeVerifier)
         verifier.trees, verifier.accepted = trees, None
         sampled = super().sample(hidden_states, input_batch, grammar_output)
         last_row = trees.roots
         if verifier.accepted is not None:
-            self._commit(trees, verifier.accepted, list(self._slots))
+            if self._commit is not None:
+                self._commit(trees, verifier.accepted, list(self._slots))
             last_row = verifier.accepted.last_row
         self.speculator.last_token_indices = trees.logits_indices[last_row]
         chained = self._follows_grammar[input_batch.idx_mapping_np]

@@ -9,22 +9,45 @@ so far in the place where V2's processors look for a chain of drafts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from vllm.config import SpeculativeConfig
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    _iter_request_chunks,
+    get_max_chunk_logits,
+)
 
-from vllm_medusa.acceptance.exact import Draw, Walk, walk
+from vllm_medusa.acceptance.exact import Walk, walk
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
 from vllm_medusa.step.trees import StepTrees
+
+Verified = tuple[Walk, LogprobsTensors | None, SamplingMaskTensors | None]
+"""Where requests went, with their tokens' log-probabilities and sampling masks where these are asked for."""
+
+
+class Wanted(NamedTuple):
+    """What a batch's requests ask for besides tokens.
+
+    Attributes:
+        logprobs_dims: ``Sampler.get_logprobs_dims``.
+        max_num_kept: the width of sampling masks; None without them.
+
+    """
+
+    logprobs_dims: tuple[int, int] | None
+    max_num_kept: int | None
 
 
 class TreeVerifier(RejectionSampler):
@@ -59,10 +82,7 @@ class TreeVerifier(RejectionSampler):
             # Rows past what the grammar accepts carry masks of no meaning, so no draw may step to them.
             trees.tokens.masked_fill_(invalid_drafts, -1)
         nans = get_num_nans(logits) if self.sampler.compute_nans else None
-        if self._depends_on_path(input_batch):
-            self.accepted = walk(trees, self._draw_by_level(logits, input_batch, trees))
-        else:
-            self.accepted = walk_drawn(trees, self._draw_at_once(logits, input_batch, trees), self.max_rows)
+        self.accepted, logprobs, masks = self._verify(logits, input_batch, trees)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             self.accepted.lengths.to(torch.int32),
             input_batch.seq_lens,
@@ -72,11 +92,87 @@ class TreeVerifier(RejectionSampler):
         )
         return SamplerOutput(
             sampled_token_ids=self.accepted.tokens,
-            logprobs_tensors=self._logprobs(logits, input_batch, self.accepted),
+            logprobs_tensors=logprobs,
             num_nans=nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
+            sampling_mask_tensors=masks,
         )
+
+    def _verify(self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees) -> Verified:
+        """Verify in chunks of requests, as V2's rejection sampler does: drawing copies their logits, as float32."""
+        sampler, requests = self.sampler, input_batch.idx_mapping_np
+        # Of the whole batch, so that what chunks report can be joined.
+        wanted = Wanted(
+            sampler.get_logprobs_dims(requests),
+            int(sampler.sampling_states.top_k.np[requests].max()) if sampler.return_sampling_mask else None,
+        )
+        first_row, levels = input_batch.cu_num_logits_np, trees.max_depth + 1
+        # Draws by level and reports take a row a level of each request, even where its tree has fewer.
+        rows = np.maximum(np.diff(first_row), levels)
+        chunks = list(_iter_request_chunks(np.append(0, rows.cumsum()), get_max_chunk_logits(logits.shape[1])))
+        if len(chunks) == 1:
+            return self._verify_chunk(logits, input_batch, trees, wanted)
+        walks: list[Walk] = []
+        logprobs: list[LogprobsTensors] = []
+        masks: list[SamplingMaskTensors] = []
+        for start, end in chunks:
+            first, last = int(first_row[start]), int(first_row[end])
+            chunk = replace(
+                input_batch,
+                idx_mapping=input_batch.idx_mapping[start:end],
+                idx_mapping_np=input_batch.idx_mapping_np[start:end],
+                expanded_idx_mapping=input_batch.expanded_idx_mapping[first:last],
+                expanded_local_pos=input_batch.expanded_local_pos[first:last],
+                seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[start:end],
+            )
+            accepted, chunk_logprobs, chunk_masks = self._verify_chunk(
+                logits[first:last], chunk, trees.part(start, end, first, last), wanted
+            )
+            walks.append(accepted.shifted(first))
+            if chunk_logprobs is not None:
+                logprobs.append(chunk_logprobs)
+            if chunk_masks is not None:
+                masks.append(chunk_masks)
+        return (
+            Walk(torch.cat([each.tokens for each in walks]), torch.cat([each.rows for each in walks])),
+            LogprobsTensors.cat(logprobs, _starts(input_batch.num_reqs, levels)) if logprobs else None,
+            SamplingMaskTensors.cat(masks) if masks else None,
+        )
+
+    def _verify_chunk(
+        self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees, wanted: Wanted
+    ) -> Verified:
+        sampler = self.sampler
+        scores_processed = wanted.logprobs_dims is not None and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        needs_processed = scores_processed or wanted.max_num_kept is not None
+        if self._depends_on_path(input_batch):
+            accepted, processed = self._walk_by_level(logits, input_batch, trees, needs_processed)
+        else:
+            accepted, processed = self._walk_at_once(logits, input_batch, trees, needs_processed)
+        logprobs = masks = None
+        num_reqs, levels = accepted.rows.shape
+        if wanted.logprobs_dims is not None:
+            num_logprobs, max_num_token_ids = wanted.logprobs_dims
+            logprobs = compute_topk_scores(
+                processed if scores_processed else logits[accepted.rows.clamp(min=0).flatten()],
+                num_logprobs,
+                accepted.tokens.clamp(min=0).flatten(),
+                _starts(num_reqs, levels),
+                logprob_token_ids_state=sampler.logprob_token_ids_state,
+                expanded_idx_mapping=input_batch.idx_mapping.repeat_interleave(levels),
+                max_per_req_token_ids=max_num_token_ids,
+                logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+            )
+        if wanted.max_num_kept is not None:
+            masks = SamplingMaskTensors.from_logits(
+                processed,
+                torch.arange(0, num_reqs * levels + 1, levels, device=logits.device),
+                accepted.lengths.to(torch.int32),
+                wanted.max_num_kept,
+                levels,
+            )
+        return accepted, logprobs, masks
 
     def _depends_on_path(self, input_batch: InputBatch) -> bool:
         """Whether some request's logits depend on the tokens between the root and a row."""
@@ -96,32 +192,51 @@ class TreeVerifier(RejectionSampler):
         budget = sampler.thinking_budget_state
         return bool(budget.enabled and budget.use_thinking_budget[requests].any())
 
-    def _draw_at_once(self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees) -> torch.Tensor:
-        return self._sample(
+    def _walk_at_once(
+        self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees, needs_processed: bool
+    ) -> tuple[Walk, torch.Tensor | None]:
+        """Draw at all rows, then walk.
+
+        Returns:
+            The walk, and if needed the processed logits ``[requests * levels, vocab_size]`` of the rows on the way.
+
+        """
+        drawn, processed = self._sample(
             logits,
             input_batch,
             trees.logits_indices,
             input_batch.expanded_idx_mapping,
             input_batch.expanded_local_pos,
+            needs_processed,
         )
+        accepted = walk_drawn(trees, drawn, self.max_rows)
+        return accepted, processed[accepted.rows.clamp(min=0).flatten()] if needs_processed else None
 
-    def _draw_by_level(self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees) -> Draw:
+    def _walk_by_level(
+        self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees, needs_processed: bool
+    ) -> tuple[Walk, torch.Tensor | None]:
+        """Draw at one level's rows, with the path to them, then step to the next level's (see ``_walk_at_once``)."""
         path: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
 
         def draw(row: torch.Tensor, walking: torch.Tensor) -> torch.Tensor:
             path.append(row)
             levels, requests = len(path), len(row)
             rows = torch.stack(path, dim=1).flatten()
-            drawn = self._sample(
+            drawn, processed = self._sample(
                 logits[rows],
                 input_batch,
                 trees.logits_indices[rows],
                 input_batch.idx_mapping.repeat_interleave(levels),
                 torch.arange(levels, dtype=torch.int32, device=rows.device).repeat(requests),
+                needs_processed,
             )
+            if needs_processed:
+                kept.append(processed.view(requests, levels, -1)[:, -1].clone())
             return drawn.view(requests, levels)[:, -1]
 
-        return draw
+        accepted = walk(trees, draw, may_wait=False)
+        return accepted, torch.stack(kept, dim=1).flatten(0, 1) if needs_processed else None
 
     def _sample(
         self,
@@ -130,8 +245,9 @@ class TreeVerifier(RejectionSampler):
         token_indices: torch.Tensor,  # [rows]: indices among the step's tokens
         request: torch.Tensor,  # [rows]: V2's expanded_idx_mapping
         local_position: torch.Tensor,  # [rows]: V2's expanded_local_pos
-    ) -> torch.Tensor:  # [rows], int64
-        sampled, _ = self.sampler.sample(
+        needs_processed: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [rows], int64; [rows, vocab_size]
+        sampled, processed = self.sampler.sample(
             logits,
             request,
             input_batch.idx_mapping,
@@ -140,18 +256,11 @@ class TreeVerifier(RejectionSampler):
             input_batch.input_ids[token_indices],
             local_position,
             input_batch.seq_lens_cpu_upper_bound.numpy(),
+            return_logprobs=needs_processed,
         )
-        return sampled.long()
+        return sampled.long(), processed
 
-    def _logprobs(self, logits: torch.Tensor, input_batch: InputBatch, accepted: Walk) -> LogprobsTensors | None:
-        wanted = self.sampler.sampling_states.max_num_logprobs(input_batch.idx_mapping_np)
-        if wanted == NO_LOGPROBS:
-            return None
-        requests, levels = accepted.rows.shape
-        return compute_topk_scores(
-            logits[accepted.rows.clamp(min=0).flatten()],
-            wanted,
-            accepted.tokens.clamp(min=0).flatten(),
-            np.arange(0, (requests + 1) * levels, levels).tolist(),
-            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
-        )
+
+def _starts(num_reqs: int, levels: int) -> list[int]:
+    """Return where each request's tokens start, and where the last one's end, if each has a token a level."""
+    return list(range(0, num_reqs * levels + 1, levels))

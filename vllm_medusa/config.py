@@ -29,6 +29,13 @@ CACHE_DTYPES = {
 }
 """KV caches under which each platform's attention can mask a branching tree."""
 
+MAX_CAPTURED_ROWS = 2048
+"""Rows of the largest decode step that is captured as a CUDA graph where the user gives no sizes. So large a step keeps
+the device busy for longer than the host takes to launch it, and each graph costs memory and seconds of the start."""
+
+CAPTURE_SPACING = 8
+"""Sizes above vLLM's own lie an eighth apart: padding to the next size adds no more than that to a step."""
+
 VLLM_OPTIONS = ("method", "model", "num_speculative_tokens", "draft_tensor_parallel_size", "revision", "code_revision")
 """vLLM's own speculative options that mean something to Medusa heads; the others are refused."""
 
@@ -278,6 +285,23 @@ def check_engine(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f'medusa_tree: a branching tree does not work with {what}; drop it, or give medusa_tree "chain"'
             )
+
+
+def further_capture_sizes(vllm_config: VllmConfig) -> list[int]:
+    """Return in which sizes, besides vLLM's, CUDA graphs of decode steps are to be captured: tokens, ascending.
+
+    vLLM's own sizes stop at 512 tokens (1024 on some devices), which is 16 requests of 32 rows.
+    """
+    rows, sizes = vllm_config.uniform_decode_query_len, vllm_config.compilation_config.cudagraph_capture_sizes
+    if not sizes:
+        return []
+    scheduler = vllm_config.scheduler_config
+    most = min(scheduler.max_num_seqs, min(MAX_CAPTURED_ROWS, scheduler.max_num_batched_tokens) // rows)
+    requests, further = sizes[-1] // rows, []
+    while requests < most:
+        requests = min(requests + max(requests // CAPTURE_SPACING, 1), most)
+        further.append(requests * rows)
+    return further
 
 
 def _in_one_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 
 
 def register() -> None:
@@ -28,6 +28,7 @@ def register() -> None:
     patches.add_heads(MODEL_TYPE, ARCHITECTURE, MedusaHeadsConfig)
     patches.accept_all_sampling_params(_is_medusa)
     patches.allow_async_scheduling()
+    patches.capture_further_sizes(_further_capture_sizes)
 
 
 def _make_config(
@@ -42,3 +43,9 @@ def _is_medusa(speculative_config: SpeculativeConfig) -> bool:
     from vllm_medusa.config import MedusaSpeculativeConfig
 
     return isinstance(speculative_config, MedusaSpeculativeConfig)
+
+
+def _further_capture_sizes(vllm_config: VllmConfig) -> list[int]:
+    from vllm_medusa.config import further_capture_sizes, medusa_config
+
+    return further_capture_sizes(vllm_config) if medusa_config(vllm_config) is not None else []

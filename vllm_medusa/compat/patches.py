@@ -12,7 +12,7 @@ from vllm_medusa.compat.version import check_vllm_version
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
@@ -99,6 +99,31 @@ def accept_all_sampling_params(is_medusa: Callable[[SpeculativeConfig], bool]) -
             validate(self, speculative_config)
 
     SamplingParams._validate_spec_decode = validate_spec_decode
+
+
+def capture_further_sizes(further_sizes: Callable[[VllmConfig], list[int]]) -> None:
+    """Capture CUDA graphs of more sizes than vLLM does, where the user has chosen none.
+
+    Args:
+        further_sizes: given an engine's configuration with vLLM's own sizes, what to add: tokens, ascending.
+
+    """
+    from vllm.config import VllmConfig
+
+    set_sizes = VllmConfig._set_cudagraph_sizes
+
+    # Reason: what the user has chosen can be told from vLLM's defaults only until this method has filled them in, and
+    # the sizes depend on limits of the scheduler that are not known before.
+    @wraps(set_sizes)
+    def _set_cudagraph_sizes(self: VllmConfig) -> None:
+        compilation = self.compilation_config
+        chosen = (compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size) != (None, None)
+        set_sizes(self)
+        if not chosen and (further := further_sizes(self)):
+            compilation.cudagraph_capture_sizes += further
+            compilation.max_cudagraph_capture_size = further[-1]
+
+    VllmConfig._set_cudagraph_sizes = _set_cudagraph_sizes
 
 
 def allow_async_scheduling() -> None:

@@ -20,6 +20,7 @@ SIGNATURES: Final = {
     # Wrapped or replaced by patches.
     "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "self, target_model_config, target_parallel_config",
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "self, speculative_config",
+    "vllm.config.vllm:VllmConfig._set_cudagraph_sizes": "self",
     "vllm.v1.sample.logits_processor:build_logitsprocs": (
         "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs"
     ),
@@ -157,7 +158,11 @@ FIELDS: Final = {
         "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"
     ),
     "vllm.config.cache:CacheConfig": "cache_dtype kv_sharing_fast_prefill",
-    "vllm.config.vllm:VllmConfig": "speculative_config kv_transfer_config cache_config parallel_config",
+    "vllm.config.vllm:VllmConfig": (
+        "speculative_config kv_transfer_config cache_config parallel_config compilation_config scheduler_config "
+        "uniform_decode_query_len"
+    ),
+    "vllm.config.compilation:CompilationConfig": "cudagraph_capture_sizes max_cudagraph_capture_size",
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
         "slot_mapping positions is_prefilling seq_lens_cpu_upper_bound rswa_prefix_lens req_idx mm_req_doc_ranges "
@@ -227,6 +232,7 @@ PATCHED: Final = {
     "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "process",
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "process",
     "vllm.config.vllm:NgramGPUTypes": "process",
+    "vllm.config.vllm:VllmConfig._set_cudagraph_sizes": "process",
     "vllm.transformers_utils.config:_CONFIG_REGISTRY": "process",
     "vllm.transformers_utils.config:_SPECULATIVE_DECODING_CONFIGS": "process",
     "vllm.model_executor.models.registry:ModelRegistry.models": "process",

@@ -17,7 +17,7 @@ from tests.under_test import UNDER_TEST, on
 pytestmark = pytest.mark.both_runners
 
 TOKENS = on(v1=24, v2=8)
-SAMPLED = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "seed": 7}
+SAMPLED = {"temperature": 0.6, "top_k": 5, "top_p": 0.95, "seed": 7}
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "logprobs": 3},
     "sampled": {**SAMPLED, "logprobs": 3},
@@ -28,6 +28,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
 TOKEN_IDS: dict[str, Any] = {"temperature": 0.0, "logprob_token_ids": [5, 17, 400]}
 VOCAB_SIZE = 1024
 MODES = ["raw_logprobs", "processed_logprobs", "processed_logits"]
+
+
+def seeded(seeds: int) -> dict[str, dict[str, Any]]:
+    """The requests that have a sampling mask, once for each seed."""
+    drawn = {name: each for name, each in REQUESTS.items() if "top_k" in each}
+    return {f"{name} {seed}": {**each, "seed": seed} for name, each in drawn.items() for seed in range(seeds)}
 
 
 def run(
@@ -78,7 +84,7 @@ MASKED = {"logprobs_mode": "processed_logprobs", "return_sampling_mask": True}
 def test_sampling_masks_equal_those_without_speculation(
     tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
 ) -> None:
-    requests = {name: each for name, each in REQUESTS.items() if "top_k" in each}
+    requests = seeded(2)
     expected = run(tiny_target, requests, held_out_prompts[3], **MASKED)
     found = run(tiny_target, requests, held_out_prompts[3], tiny_heads, **MASKED)
     for name, before in expected.items():
@@ -95,8 +101,7 @@ def test_few_rows_are_drawn_at_once_and_the_results_are_the_same(
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
-    names = ["sampled", "bias", "penalties"]
-    requests = {f"{name} {seed}": {**REQUESTS[name], "seed": seed} for name in names for seed in range(3)}
+    requests = seeded(3)
     whole = run(tiny_target, requests, held_out_prompts[3], tiny_heads, **MASKED)
 
     sample, drawn_at_once = Sampler.sample, []

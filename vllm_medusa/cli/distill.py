@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from vllm_medusa.cli.options import with_options_of
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
 from vllm_medusa.distillation.dialogue import PromptStyle, Target
 from vllm_medusa.distillation.run import DistillConfig
+from vllm_medusa.files import parse_json
+from vllm_medusa.messages import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,12 +87,13 @@ def distill(
 
 def _engine_options(text: str) -> dict[str, Any]:
     try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"engine-args: {text!r} is not JSON: {error}") from None
+        options = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"engine-args: {shortened(text)} is not JSON: {error}") from None
     if not isinstance(options, dict) or "model" in options:
         raise ValueError(
-            f"""engine-args: must be a JSON object without "model", such as {{"dtype": "float16"}}, got {text}"""
+            'engine-args: must be a JSON object without "model", such as {"dtype": "float16"}, '
+            f"got {shortened(options)}"
         )
     return options
 

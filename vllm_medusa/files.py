@@ -8,6 +8,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,9 +37,9 @@ class WriteError(OSError):
 
     """
 
-    def __init__(self, path: Path, error: Exception) -> None:
+    def __init__(self, path: Path, error: BaseException) -> None:
+        self.reason = _reason(error)
         number = error.errno if isinstance(error, OSError) else None
-        self.reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
         super().__init__(number, f"{self.reason}; {ADVICE}", str(path))
 
     def __str__(self) -> str:
@@ -138,14 +139,23 @@ def _prefix(path: Path) -> str:
     return f".{path.name}.partial-"
 
 
-def _is_failed_write(error: Exception, path: Path) -> bool:
+def _reason(error: BaseException) -> str:
+    """Return why a write failed; ``torch.save`` hides it behind an error of its own."""
     if isinstance(error, WriteError):
-        return False
+        return error.reason
+    if number := re.search(r"os error (\d+)", str(error)):
+        return os.strerror(int(number[1]))
+    if isinstance(error, OSError):
+        return error.strerror or one_line(error)
+    return _reason(error.__context__) if isinstance(error.__context__, OSError) else one_line(error)
+
+
+def _is_failed_write(error: Exception, path: Path) -> bool:
     if not isinstance(error, OSError):
         return any(name in str(error) for name in FAILED_WRITES)
     named = Path(str(error.filename or ""))
     is_own = named == path or any(each.name.startswith(_prefix(path)) for each in (named, *named.parents))
-    return is_own or error.errno in DISK_IS_FULL
+    return is_own or (error.errno in DISK_IS_FULL and not isinstance(error, WriteError))
 
 
 def _delete(file: Path) -> None:

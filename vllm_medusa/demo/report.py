@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
 from vllm_medusa.demo.engine import Decoded
-from vllm_medusa.files import write_json
+from vllm_medusa.files import replaced_file, write_json
 from vllm_medusa.versions import installed_versions
 
 TITLES = {
@@ -96,7 +96,8 @@ def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> 
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.supxlabel(caption, fontsize=8)
-    figure.savefig(path, dpi=150)
+    with replaced_file(path, "wb") as stream:
+        figure.savefig(stream, dpi=150, format="png")
     pyplot.close(figure)
 
 

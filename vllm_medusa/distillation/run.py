@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, Source, without_directories
 from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling, Target
-from vllm_medusa.distillation.manifest import Counts, Manifest, sha256_of
+from vllm_medusa.distillation.manifest import Counts, Manifest
 from vllm_medusa.distillation.progress import generation_progress
-from vllm_medusa.files import replaced_file
+from vllm_medusa.files import replaced_file, sha256_of
 
 
 class DistillConfig(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag that ``transformers`` looks for in a template that marks the assistant's tokens."""
+
+STAND_IN = "A stand-in for what the user says."
+"""A message that is rendered to see what a template puts around it."""
+
+
+@dataclass(frozen=True)
+class UserTurn:
+    """What a chat template puts around what the user says in the first turn.
+
+    Attributes:
+        opening_ids: the tokens before it, with a default system message if the template has one.
+        end: the string that ends it.
+        special_tokens: the tokenizer's special tokens, which no user writes.
+
+    """
+
+    opening_ids: tuple[int, ...]
+    end: str
+    special_tokens: tuple[str, ...]
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,6 +57,32 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     """
     require_chat_template(tokenizer)
     return _render(tokenizer, messages, add_generation_prompt=True)["input_ids"]
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
+    """Return what the chat template puts around the user's first turn.
+
+    Raises:
+        ValueError: there is no chat template, or it opens or ends no user turn.
+
+    """
+    require_chat_template(tokenizer)
+    messages = [Message(role=Role.USER, content=STAND_IN)]
+    opening, _, end = _render_text(tokenizer, messages).partition(STAND_IN)
+    if not end.strip():
+        end = _render_text(tokenizer, messages, add_generation_prompt=True).partition(STAND_IN)[2]
+    for part, verb in ((opening, "opens"), (end, "ends")):
+        if not part.strip():
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path!r} {verb} no user turn, so the model cannot write what "
+                "a user says; give prompts instead of --self-prompts"
+            )
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return UserTurn(
+        opening_ids=tuple(tokenizer(opening, add_special_tokens=False)["input_ids"]),
+        end=end.strip(),
+        special_tokens=tuple(sorted(special)),
+    )
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sample:
@@ -84,9 +130,17 @@ def _mask_by_prefixes(
     return mask
 
 
+def _render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    return _apply(tokenizer, messages, tokenize=False, **options)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+    return _apply(tokenizer, messages, tokenize=True, return_dict=True, **options)
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
     plain = [{"role": message.role.value, "content": message.content} for message in messages]
     try:
-        return tokenizer.apply_chat_template(plain, tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(plain, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from None

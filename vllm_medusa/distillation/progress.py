@@ -21,6 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vllm_medusa.distillation.dialogue import Answer, Dialogue
+    from vllm_medusa.distillation.raw_text import WrittenText
 
 
 class TokenRateColumn(TextColumn):
@@ -42,6 +43,11 @@ class GenerationProgress:
         self._tokens += answer.num_tokens
         self._progress.update(self._task, advance=0 if dialogue.is_open else 1, tokens=self._tokens)
 
+    def wrote(self, text: WrittenText) -> None:
+        """Count a text's tokens, and it as one prompt."""
+        self._tokens += text.num_tokens
+        self._progress.update(self._task, advance=1, tokens=self._tokens)
+
     def reach(self, prompts: int) -> None:
         """Show the first ``prompts`` prompts as done; an earlier run may have done them."""
         self._progress.update(self._task, completed=prompts)
@@ -49,7 +55,7 @@ class GenerationProgress:
 
 @contextmanager
 def generation_progress(title: str, prompts: int, visible: bool = True) -> Iterator[GenerationProgress]:
-    """Show a progress bar of answered prompts with tokens per second."""
+    """Show a progress bar of prompts with tokens per second."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

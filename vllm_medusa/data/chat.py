@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag that ``transformers`` looks for in a template that marks the assistant's tokens."""
 
-STAND_IN = "A stand-in for what the user says."
-"""A message that is rendered to see what a template puts around it."""
+STAND_INS = ("What is it?", "Explain that.", "1 + 1")
+"""Messages that are rendered to see what a template puts around them; they begin with different tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class UserTurn:
     """What a chat template puts around what the user says in the first turn.
 
     Attributes:
-        opening_ids: the tokens before it, with a default system message if the template has one.
+        opening_ids: the tokens before it, with a default system message if the template has one. A space at the end is
+            left out where it would become part of the first word.
         end: the string that ends it.
         special_tokens: the tokenizer's special tokens, which no user writes.
 
@@ -67,19 +69,20 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
 
     """
     require_chat_template(tokenizer)
-    messages = [Message(role=Role.USER, content=STAND_IN)]
-    opening, _, end = _render_text(tokenizer, messages).partition(STAND_IN)
+    messages = [Message(role=Role.USER, content=STAND_INS[0])]
+    opening, _, end = _render_text(tokenizer, messages).partition(STAND_INS[0])
     if not end.strip():
-        end = _render_text(tokenizer, messages, add_generation_prompt=True).partition(STAND_IN)[2]
-    for part, verb in ((opening, "opens"), (end, "ends")):
+        end = _render_text(tokenizer, messages, add_generation_prompt=True).partition(STAND_INS[0])[2]
+    for part, verb in ((opening.removeprefix(tokenizer.bos_token or ""), "opens"), (end, "ends")):
         if not part.strip():
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path!r} {verb} no user turn, so the model cannot write what "
                 "a user says; give prompts instead of --self-prompts"
             )
+    beginnings = [tokenizer(opening + said, add_special_tokens=False)["input_ids"] for said in STAND_INS]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return UserTurn(
-        opening_ids=tuple(tokenizer(opening, add_special_tokens=False)["input_ids"]),
+        opening_ids=_common_prefix(beginnings),
         end=end.strip(),
         special_tokens=tuple(sorted(special)),
     )
@@ -128,6 +131,10 @@ def _mask_by_prefixes(
             end = through.index(tokenizer.eos_token_id, len(prompt)) + 1
         mask[len(prompt) : end] = [True] * (end - len(prompt))
     return mask
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
 
 
 def _render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:

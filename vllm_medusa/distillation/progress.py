@@ -44,9 +44,9 @@ class GenerationProgress:
         self._progress.update(self._task, advance=0 if dialogue.is_open else 1, tokens=self._tokens)
 
     def wrote(self, text: WrittenText) -> None:
-        """Count a text's tokens, and it as one prompt."""
+        """Count the tokens of a text outside of dialogues."""
         self._tokens += text.num_tokens
-        self._progress.update(self._task, advance=1, tokens=self._tokens)
+        self._progress.update(self._task, tokens=self._tokens)
 
     def reach(self, prompts: int) -> None:
         """Show the first ``prompts`` prompts as done; an earlier run may have done them."""
@@ -55,7 +55,7 @@ class GenerationProgress:
 
 @contextmanager
 def generation_progress(title: str, prompts: int, visible: bool = True) -> Iterator[GenerationProgress]:
-    """Show a progress bar of prompts with tokens per second."""
+    """Show a progress bar of answered prompts with tokens per second."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -73,7 +73,7 @@ def distill(
         bad_lines: refuses or counts lines without a prompt, and prompts that the target refuses.
         command: kept in the manifest.
         show_progress: whether to draw a progress bar.
-        self_prompts: lets the target write the prompts first, into files in ``output / "prompts"``.
+        self_prompts: lets the target write the prompts too, into files in ``output / "prompts"``, as they are needed.
 
     Returns:
         The manifest of the finished set.
@@ -96,20 +96,20 @@ def distill(
         return manifest
     shards = [shard_path(output, number) for number in range(math.ceil(num_prompts / config.shard_size))]
     engine = nullcontext() if all(shard.exists() for shard in shards) else target.running()
-    with engine:
+    with engine, generation_progress("Prompts", num_prompts, show_progress) as progress:
+        sources: Iterable[Path] = files
         if self_prompts is not None:
-            with generation_progress("Prompts written", num_prompts, show_progress) as progress:
-                files = self_prompts.write(output / PROMPTS_DIRECTORY, target, config.seed, config.shard_size, progress)
-        with generation_progress("Prompts answered", num_prompts, show_progress) as progress:
-            for shard, (first, group) in zip(shards, _groups(files, config.shard_size), strict=True):
-                if not shard.exists():
-                    dialogues = [
-                        Dialogue(source, number, prompt, config.style or PromptStyle.CHAT, config.sampling, bad_lines)
-                        for number, (source, prompt) in enumerate(group, start=first)
-                    ]
-                    target.converse(dialogues, progress.answered)
-                    _write(shard, dialogues)
-                progress.reach(first + len(group))
+            directory = output / PROMPTS_DIRECTORY
+            sources = self_prompts.write(directory, target, config.seed, config.shard_size, progress.wrote)
+        for shard, (first, group) in zip(shards, _groups(sources, config.shard_size), strict=True):
+            if not shard.exists():
+                dialogues = [
+                    Dialogue(source, number, prompt, config.style or PromptStyle.CHAT, config.sampling, bad_lines)
+                    for number, (source, prompt) in enumerate(group, start=first)
+                ]
+                target.converse(dialogues, progress.answered)
+                _write(shard, dialogues)
+            progress.reach(first + len(group))
     finished = manifest.model_copy(
         update={
             "finished": True,
@@ -133,9 +133,10 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.jsonl"
 
 
-def _groups(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Prompt]]]]:
+def _groups(files: Iterable[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Prompt]]]]:
     """Yield groups of ``size`` prompts and the number of each group's first prompt."""
-    prompts = read_prompts(files, BadLineCounter(BadLines.SKIP))  # The caller has refused or counted bad lines.
+    counted = BadLineCounter(BadLines.SKIP)  # The caller has refused or counted bad lines.
+    prompts = chain.from_iterable(read_prompts([file], counted) for file in files)
     first = 0
     while group := list(islice(prompts, size)):
         yield first, group

@@ -15,15 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_medusa.data.chat import UserTurn
 from vllm_medusa.distillation.dialogue import Target, derived_seed
-from vllm_medusa.distillation.progress import GenerationProgress
-from vllm_medusa.distillation.raw_text import TextRequest, WrittenText
+from vllm_medusa.distillation.raw_text import OnText, TextRequest, WrittenText
 from vllm_medusa.files import replaced_file
 
 PROMPTS_DIRECTORY = "prompts"
 """Where a training set keeps the prompts that were written for it."""
 
 LEAST_NEW = 0.05
-"""The share of a group's texts that must be new prompts; below it the wanted number may never be reached."""
+"""The share of all texts that must be new prompts; below it the wanted number may never be reached."""
+
+JUDGED_FROM = 100
+"""Number of texts from which on their share of new prompts is judged."""
 
 
 class SelfPromptConfig(BaseModel):
@@ -47,51 +49,48 @@ class SelfPrompts:
     config: SelfPromptConfig
     turn: UserTurn
 
-    def write(
-        self, directory: Path, target: Target, seed: int, group_size: int, progress: GenerationProgress
-    ) -> list[Path]:
-        """Let a running target write prompts into files that ``read_prompts`` reads.
+    def write(self, directory: Path, target: Target, seed: int, group_size: int, on_text: OnText) -> Iterator[Path]:
+        """Let a running target write prompts into files that ``read_prompts`` reads, and yield one file after another.
 
         Texts are written in groups. Each group gives one file, written atomically, of the prompts that are new in it.
         The same call goes on after the groups that are there; if the target is deterministic, the files are those of an
-        uninterrupted run.
+        uninterrupted run. Altogether the files hold ``config.self_prompts`` different prompts.
 
         Args:
             directory: the directory of the files.
             target: the target, inside its ``running``.
             seed: determines the seed of each text.
             group_size: most texts of a group.
-            progress: shows the prompts.
-
-        Returns:
-            The files, with ``config.self_prompts`` different prompts.
+            on_text: called with each text.
 
         Raises:
             ValueError: the target repeats itself, or refuses a setting.
             OSError: a file cannot be read or written, or the target cannot be reached.
 
         """
-        files: list[Path] = []
         known: set[str] = set()
-        first = 0
+        first = group = 0
         while (missing := self.config.self_prompts - len(known)) > 0:
-            file = directory / f"prompts-{len(files):05d}.jsonl"
+            file = directory / f"prompts-{group:05d}.jsonl"
             texts = min(group_size, missing + missing // 4 + 8)  # Some are no prompts, or not new.
             if not file.exists():
                 requests = [self._request(seed, number) for number in range(first, first + texts)]
-                new = list(self._new_prompts(target.write(requests, progress.wrote), known))
-                if len(new) < LEAST_NEW * texts:
-                    raise ValueError(
-                        f"only {len(new)} of {texts} texts that the target wrote are new prompts, after {len(known)} "
-                        f"of self-prompts {self.config.self_prompts}; give a smaller number, a higher "
-                        "prompt-temperature or wider limits of prompt tokens"
-                    )
+                new = list(self._new_prompts(target.write(requests, on_text), known))
+                self._judge(len(known) + len(new), first + texts)
                 _write(file, new[:missing])
             known.update(map(_key, _read(file)))
-            files.append(file)
             first += texts
-            progress.reach(len(known))
-        return files
+            group += 1
+            yield file
+
+    def _judge(self, new: int, texts: int) -> None:
+        """Raise ``ValueError`` if so few of the texts are new prompts that there may never be enough."""
+        if texts >= JUDGED_FROM and new < LEAST_NEW * texts:
+            raise ValueError(
+                f"only {new} of {texts} texts that the target wrote are new prompts, of self-prompts "
+                f"{self.config.self_prompts}; give a smaller number, a higher prompt-temperature or wider limits of "
+                "prompt tokens"
+            )
 
     def _request(self, seed: int, number: int) -> TextRequest:
         return TextRequest(

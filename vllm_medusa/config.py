@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SkipValidation, ValidationError
@@ -12,9 +13,12 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
+from vllm_medusa.checkpoint.hub import require_name
+from vllm_medusa.checkpoint.served import check_directory, weight_files
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER, WORKERS
+from vllm_medusa.messages import shortened, shortened_message
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.options import Tree, TreeOptions
+from vllm_medusa.tree.options import NAMED_TREES, Tree, TreeOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +39,9 @@ the device busy for longer than the host takes to launch it, and each graph cost
 
 CAPTURE_SPACING = 8
 """Sizes above vLLM's own lie an eighth apart: padding to the next size adds no more than that to a step."""
+
+MAX_REASON = 400
+"""Characters of another library's error that a refusal repeats."""
 
 VLLM_OPTIONS = ("method", "model", "num_speculative_tokens", "draft_tensor_parallel_size", "revision", "code_revision")
 """vLLM's own speculative options that mean something to Medusa heads; the others are refused."""
@@ -102,18 +109,23 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         heads: str = self.model
         self._check_target()
         try:
-            self.draft_model_config = self._heads_model_config(heads)
+            require_name(heads)
+            if Path(heads).is_dir():
+                check_directory(Path(heads))
         except (OSError, ValueError) as error:
+            raise ValueError(f"speculative_config: model: {_in_one_line(error)}") from None
+        try:
+            self.draft_model_config = self._heads_model_config(heads)
+        except Exception as error:  # What a stranger's config can make fail in transformers and vLLM has no bound.
             raise ValueError(
-                f"speculative_config: model {heads!r} holds no heads that can be read, {_in_one_line(error)}; "
-                "give a directory or repository with the heads' config.json"
+                f"speculative_config: model {heads!r} holds no heads that can be read: {_in_one_line(error)}"
             ) from error
         self.draft_parallel_config = SpeculativeConfig.create_draft_parallel_config(
             self.target_parallel_config,
             self.draft_tensor_parallel_size or self.target_parallel_config.tensor_parallel_size,
         )
         self._fit_heads_to_target()
-        tree = self._tree_options.build(self.medusa_tree if self.medusa_tree is not None else self.heads.medusa_tree)
+        tree = self._build_tree()
         self.num_speculative_tokens = tree.num_nodes
         self.medusa_tree = "dynamic" if isinstance(tree, DynamicTree) else tree.choices
         self._check_branching(tree)
@@ -141,6 +153,17 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             f"num_heads={self.heads.num_heads}, medusa_tree={self.medusa_tree})"
         )
 
+    def _build_tree(self) -> Tree:
+        if self.medusa_tree is not None:
+            return self._tree_options.build(self.medusa_tree)
+        stored = self.heads.medusa_tree
+        if isinstance(stored, str) and stored not in NAMED_TREES:
+            raise ValueError(
+                f"medusa_tree: the heads' config.json holds {shortened(stored)}, but only the option may name a file; "
+                "give the option, or calibrate the heads again"
+            )
+        return self._tree_options.build(stored)
+
     def _heads_model_config(self, heads: str) -> ModelConfig:
         target = self.target_model_config
         return ModelConfig(
@@ -163,10 +186,10 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def _fit_heads_to_target(self) -> None:
         """Fill in what the checkpoint leaves to the target, and refuse what contradicts it."""
         heads, target = self.heads, self.target_model_config
-        if not isinstance(heads.num_heads, int) or heads.num_heads < 1:
+        if not heads.num_heads:
             raise ValueError(
-                f"speculative_config: the heads' config.json in {self.draft_model_config.model!r} has num_heads "
-                f"{heads.num_heads!r}; it must be an integer of at least 1"
+                f"speculative_config: the config.json of {self.draft_model_config.model!r} has no num_heads, so it is "
+                "not of heads; give the heads' own repository"
             )
         sizes = {"hidden_size": target.get_hidden_size(), "vocab_size": target.get_vocab_size()}
         for name, size in sizes.items():
@@ -266,11 +289,18 @@ def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse what only the whole engine's configuration shows, before any weight is loaded.
 
     Raises:
-        ValueError: the tree branches, and the engine quantises its KV cache or hands it on while a step runs.
+        ValueError: the heads' weights are missing; or the tree branches, and the engine quantises its KV cache or
+            hands it on while a step runs.
 
     """
     options = medusa_config(vllm_config)
     assert options is not None
+    directory = Path(options.draft_model_config.model)
+    if vllm_config.load_config.load_format != "dummy" and directory.is_dir() and not weight_files(directory):
+        raise ValueError(
+            f"speculative_config: {str(directory)!r} holds no weights of heads; it is incomplete, give a directory "
+            "with a .safetensors file"
+        )
     if not options.tree.branches:
         return
     dtype = vllm_config.cache_config.cache_dtype
@@ -307,8 +337,9 @@ def further_capture_sizes(vllm_config: VllmConfig) -> list[int]:
 def _in_one_line(error: Exception) -> str:
     """Return what was wrong, without the frame of several lines that pydantic puts around it."""
     if not isinstance(error, ValidationError):
-        return " ".join(str(error).split())
+        return shortened_message(error, MAX_REASON)
     first = error.errors()[0]
     if first["type"] == "value_error":
         return _in_one_line(first["ctx"]["error"])
-    return f"speculative_config: {first['loc'][0]} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+    must = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"speculative_config: {first['loc'][0]} is {shortened(first['input'])}; {must}"

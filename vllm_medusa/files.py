@@ -1,40 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes: a reader sees a file or directory as it was before, or complete."""
+"""Atomic writes, where a reader sees a file or directory as it was before or complete; and JSON."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from safetensors import SafetensorError
+
+from vllm_medusa.messages import one_line
+
+ADVICE = "make room or give another directory, then run the same command again"
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors that only a write has; such an error need not name a file."""
+
+FAILED_WRITES = ("os error", "PytorchStreamWriter", "inline_container")
+"""What the messages of safetensors and of ``torch.save`` hold if a write failed."""
+
+
+class WriteError(OSError):
+    """A file or directory cannot be written; the message names it, and not its temporary one, and says what to do.
+
+    Attributes:
+        reason: why, without what to do.
+
+    """
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        number = error.errno if isinstance(error, OSError) else None
+        self.reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        super().__init__(number, f"{self.reason}; {ADVICE}", str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.reason}); {ADVICE}"
 
 
 @contextmanager
 def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary directory that replaces ``directory`` at the end; after an error it is deleted instead."""
+    """Yield a temporary directory that replaces ``directory`` at the end; after an error it is deleted instead.
+
+    A killed process leaves the temporary directory behind. The next one to write ``directory`` deletes it.
+
+    Raises:
+        WriteError: the directory cannot be written.
+
+    """
     path = Path(directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        # safetensors lets only the owner read its files, but another user may serve the model.
-        for weights in temporary.rglob("*.safetensors"):
-            weights.chmod(0o644)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _delete_left_behind(path)
+    except OSError as error:
+        raise WriteError(path, error) from error
+    try:
+        with _locked_directory(path) as temporary:
+            yield temporary
+            # safetensors lets only the owner read its files, but another user may serve the model.
+            for weights in temporary.rglob("*.safetensors"):
+                weights.chmod(0o644)
+            if path.exists():
+                with _locked_directory(path) as old:
+                    path.rename(old)
+                    temporary.rename(path)
+            else:
+                temporary.rename(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if _is_failed_write(error, path):
+            raise WriteError(path, error) from error
+        raise
 
 
 @contextmanager
@@ -44,24 +87,98 @@ def replaced_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any
     A killed process leaves the temporary file behind. The next one to write ``path`` overwrites it.
 
     Raises:
-        OSError: the file cannot be written; the message says what to do.
+        WriteError: the file cannot be written.
 
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open(mode, encoding="utf-8" if mode == "w" else None) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        advice = "make room or give another directory, then run the same command again"
-        raise OSError(error.errno, f"{error.strerror}; {advice}", str(path)) from error
+        _delete(temporary)
+        raise WriteError(path, error) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _delete(temporary)
         raise
+
+
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside ``path``, locked while its process lives; it is deleted at the end if it is there."""
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        temporary.chmod(0o755)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _delete_left_behind(path: Path) -> None:
+    """Delete temporary directories of ``path`` whose processes are gone."""
+    for left in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        if left.is_symlink() or not left.is_dir():
+            continue
+        lock = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except BlockingIOError:
+            pass  # Its process lives.
+        finally:
+            os.close(lock)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.partial-"
+
+
+def _is_failed_write(error: Exception, path: Path) -> bool:
+    if isinstance(error, WriteError):
+        return False
+    if not isinstance(error, OSError):
+        return any(name in str(error) for name in FAILED_WRITES)
+    named = Path(str(error.filename or ""))
+    is_own = named == path or any(each.name.startswith(_prefix(path)) for each in (named, *named.parents))
+    return is_own or error.errno in DISK_IS_FULL
+
+
+def _delete(file: Path) -> None:
+    """Delete a file; what keeps it from being written may keep it from being deleted too."""
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; the message is one line that names the file.
+        OSError: the file cannot be read.
+
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON; whatever is wrong with it is a ``ValueError``."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("a value is nested too deeply") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python advises to raise its limit.
+        raise ValueError("an integer has too many digits") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
+from tests.unit.engine_configs import LLAMA, Models
+from tests.unit.refusals.options import MROPE, RSWA
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER
 from vllm_medusa.config import (
     CAPTURE_SPACING,
@@ -25,60 +27,6 @@ from vllm_medusa.config import (
 from vllm_medusa.runner.proposer import V1_MIN_PROBABILITY, MedusaProposer
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import MAX_NODES, StaticTree, cartesian
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 96,
-    "max_position_embeddings": 512,
-    "torch_dtype": "float32",
-}
-HEADS = {"hidden_size": 64, "vocab_size": 96, "num_heads": 4, "num_hidden_layers": 1}
-"""A published ``config.json`` has no model_type, nor an architecture."""
-
-
-class Models:
-    """Writes the configurations of models that nobody loads."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def write(self, name: str, config: dict[str, Any]) -> str:
-        (self.directory / name).mkdir(exist_ok=True)
-        (self.directory / name / "config.json").write_text(json.dumps(config))
-        return str(self.directory / name)
-
-    def heads(self, **changes: Any) -> str:
-        return self.write("heads", {**HEADS, **changes})
-
-    def configure(self, options: dict[str, Any], target: dict[str, Any] = LLAMA, **engine: Any) -> VllmConfig:
-        """The engine's configuration for these options; heads that fit the target unless a model is given."""
-        return EngineArgs(
-            model=self.write("target", target),
-            speculative_config={"method": "medusa", "model": options.pop("model", None) or self.heads(), **options},
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            **engine,
-        ).create_engine_config()
-
-    def medusa(self, options: dict[str, Any], **engine: Any) -> MedusaSpeculativeConfig:
-        config = medusa_config(self.configure(options, **engine))
-        assert config is not None
-        return config
-
-    def refusal(self, options: dict[str, Any], **engine: Any) -> str:
-        """The one line with which the engine refuses to start."""
-        with pytest.raises(ValueError) as refused:
-            self.configure(options, **engine)
-        message = str(refused.value)
-        assert "\n" not in message
-        return message
 
 
 @pytest.fixture
@@ -119,103 +67,6 @@ def test_a_flag_that_contradicts_the_json_is_refused(models: Models) -> None:
     assert "4" in message
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"medusa_trees": "chain"}, "no option 'medusa_trees'; its options are ['code_revision', "),
-        ({"prompt_lookup_max": 3}, "no option 'prompt_lookup_max'"),
-        ({"rejection_sample_method": "block"}, "no option 'rejection_sample_method'"),
-        ({"quantization": "fp8"}, "no option 'quantization'"),
-        ({"draft_model_config": {}}, "no option 'draft_model_config'"),
-        ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size is 2, but Medusa heads run on the target's"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0; input should be greater than 0"),
-        ({"num_speculative_tokens": -4}, "num_speculative_tokens is -4; input should be greater than 0"),
-        ({"num_speculative_tokens": 1000}, "give trees of 1 to 155 nodes, not 1000"),
-        ({"medusa_top_k": 0}, "medusa_top_k is 0; input should be greater than or equal to 1"),
-        ({"medusa_top_k": -1}, "medusa_top_k is -1"),
-        ({"medusa_min_probability": 1.5}, "medusa_min_probability is 1.5; input should be less than or equal to 1"),
-        ({"medusa_min_probability": -0.1}, "medusa_min_probability is -0.1"),
-        ({"medusa_min_probability": 0.2}, 'medusa_min_probability: 0.2 is for medusa_tree "dynamic"'),
-        ({"medusa_tree": "dynamic", "num_speculative_tokens": 9, "medusa_top_k": 1}, "trees of at most 4 nodes, not 9"),
-        (
-            {"medusa_tree": "dynamic", "num_speculative_tokens": 900, "medusa_top_k": 96},
-            "would weigh more than 16384 paths for 900 nodes",
-        ),
-        (
-            {"medusa_tree": "dynamic", "num_speculative_tokens": 1025},
-            "1025 nodes are asked for; give a tree of at most",
-        ),
-        ({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'; input should be 'exact'"),
-        ({"medusa_tree": 3}, "medusa_tree: 3 is none of"),
-        ({"medusa_tree": {"depth": 3}}, "medusa_tree: {'depth': 3} is none of"),
-        ({"medusa_tree": "sparce"}, 'medusa_tree: \'sparce\' is none of "sparse", "dynamic", "chain"'),
-        ({"medusa_tree": []}, "medusa_tree: the list of paths is empty"),
-        ({"medusa_tree": [2, 0]}, "medusa_tree: [2, 0] is not a Cartesian product"),
-        ({"medusa_tree": [-2]}, "medusa_tree: [-2] is not a Cartesian product"),
-        ({"medusa_tree": [2.5]}, "medusa_tree: [2.5] is not a Cartesian product"),
-        ({"medusa_tree": ["2"]}, "medusa_tree: ['2'] is not a Cartesian product"),
-        ({"medusa_tree": [True]}, "medusa_tree: [True] is not a Cartesian product"),
-        ({"medusa_tree": [2, [0]]}, "medusa_tree: [2, [0]] is not a Cartesian product"),
-        ({"medusa_tree": [[0], 2]}, "medusa_tree: 2 is not a path"),
-        ({"medusa_tree": [[]]}, "medusa_tree: [] is not a path"),
-        ({"medusa_tree": [[0], [0]]}, "medusa_tree: path [0] is listed twice"),
-        ({"medusa_tree": [[0], [1, 0]]}, "medusa_tree: path [1, 0] has no parent"),
-        ({"medusa_tree": [[0], [0, -1]]}, "medusa_tree: [0, -1] is not a path"),
-        ({"medusa_tree": [1, 1, 1, 1, 1]}, "medusa_tree: path [0, 0, 0, 0, 0] is 5 deep, but there are 4 heads"),
-        ({"medusa_tree": [[0], [96]]}, "medusa_tree: rank 96 is asked for, but the heads know 96 tokens"),
-    ],
-)
-def test_a_wrong_option_is_refused_in_one_line_that_names_it(
-    models: Models, options: dict[str, Any], said: str
-) -> None:
-    assert said in models.refusal(options)
-
-
-def test_missing_heads_are_refused(models: Models) -> None:
-    engine_args = EngineArgs(
-        model=models.write("target", LLAMA), speculative_config={"method": "medusa"}, skip_tokenizer_init=True
-    )
-    with pytest.raises(ValueError, match=r"^speculative_config: 'model' is missing; [^\n]+$"):
-        engine_args.create_engine_config()
-
-
-def test_a_directory_without_heads_is_refused_naming_it(models: Models, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert f"config.json in {str(tmp_path / 'empty')!r} has num_heads 0" in models.refusal(
-        {"model": str(tmp_path / "empty")}
-    )
-
-
-def test_a_path_that_is_not_there_is_refused_naming_it(models: Models, tmp_path: Path) -> None:
-    missing = str(tmp_path / "missing")
-    assert models.refusal({"model": missing}).startswith(f"speculative_config: model {missing!r} holds no heads")
-
-
-def test_the_target_in_place_of_the_heads_is_refused(models: Models) -> None:
-    assert "has num_heads 0; it must be an integer of at least 1" in models.refusal(
-        {"model": models.write("target", LLAMA)}
-    )
-
-
-@pytest.mark.parametrize(("name", "found", "needed"), [("hidden_size", 32, 64), ("vocab_size", 95, 96)])
-def test_heads_of_another_target_are_refused_with_both_sizes(
-    models: Models, name: str, found: int, needed: int
-) -> None:
-    message = models.refusal({"model": models.heads(**{name: found})})
-    assert f"{name} {found}, the target has {needed}" in message
-
-
-@pytest.mark.parametrize("truncated", [97, -1])
-def test_heads_of_more_tokens_than_the_targets_are_refused(models: Models, truncated: int) -> None:
-    message = models.refusal({"model": models.heads(truncated_vocab_size=truncated)})
-    assert f"truncated_vocab_size {truncated}, the target has 96 tokens" in message
-
-
-@pytest.mark.parametrize("num_heads", [0, -1, "four"])
-def test_a_wrong_number_of_heads_is_refused(models: Models, num_heads: Any) -> None:
-    assert f"has num_heads {num_heads!r}" in models.refusal({"model": models.heads(num_heads=num_heads)})
-
-
 def test_sizes_that_the_heads_leave_out_are_the_targets(models: Models) -> None:
     heads = models.write("sparing", {"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "x"})
     config = models.medusa({"model": heads}).heads
@@ -250,13 +101,6 @@ def test_a_tree_is_the_same_from_the_options_a_file_or_the_checkpoint(
 def test_the_options_tree_goes_before_the_checkpoints(models: Models) -> None:
     heads = models.heads(medusa_tree=[2])
     assert models.medusa({"model": heads, "medusa_tree": "chain"}).tree.topology.is_chain
-
-
-@pytest.mark.parametrize("text", ["{", "3", "null", '{"medusa_tree": 3}', '"tree.json"', "\x00"])
-def test_a_tree_file_that_holds_no_tree_is_refused_naming_it(models: Models, tmp_path: Path, text: str) -> None:
-    path = tmp_path / "tree.json"
-    path.write_text(text)
-    assert models.refusal({"medusa_tree": str(path)}).startswith(f"medusa_tree: {str(path)!r} ")
 
 
 def test_a_sparse_tree_grows_from_the_checkpoints_accuracies(models: Models) -> None:
@@ -296,13 +140,6 @@ def test_the_model_runner_decides_the_least_probability_of_paths(models: Models,
     tree = MedusaProposer(SimpleNamespace(speculative_config=options, use_v2_model_runner=is_v2)).tree
     assert isinstance(tree, DynamicTree)
     assert tree.min_probability == floor
-
-
-@pytest.mark.parametrize("accuracies", ["high", [[0.5], [0.3, 0.2]], [[1.5]], [0.5, 0.5], [[None]]])
-def test_accuracies_that_are_no_matrix_of_probabilities_are_refused(models: Models, accuracies: Any) -> None:
-    message = models.refusal({"model": models.heads(medusa_accuracies=accuracies)})
-    assert "accuracies" in message
-    assert "calibrate the heads again" in message
 
 
 def test_num_speculative_tokens_cuts_a_tree_to_its_first_nodes(models: Models) -> None:
@@ -391,54 +228,8 @@ def test_capture_sizes_that_the_user_gives_stay(models: Models) -> None:
     assert sizes_chosen(models, {"medusa_tree": [2]}, given=[8, 64], max_num_seqs=256) == [8, 64]
 
 
-def test_another_worker_class_is_refused(models: Models) -> None:
-    message = models.refusal({}, worker_cls="package.Worker")
-    assert "worker_cls is 'package.Worker'; leave worker_cls at 'auto'" in message
-
-
-@pytest.mark.parametrize(
-    ("engine", "said"),
-    [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism"),
-        ({"runner": "pooling"}, "pooling models"),
-        ({"enable_trace_replay": True}, "trace replay"),
-    ],
-)
-def test_an_engine_that_medusa_cannot_serve_is_refused(models: Models, engine: dict[str, Any], said: str) -> None:
-    assert f"does not support {said}" in models.refusal({}, **engine)
-
-
-MAMBA = {
-    "architectures": ["MambaForCausalLM"],
-    "model_type": "mamba",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "vocab_size": 96,
-}
-
-
-def test_a_target_without_attention_is_refused(models: Models) -> None:
-    assert "does not support attention-free models" in models.refusal({}, target=MAMBA, max_model_len=128)
-
-
-MROPE = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
-
-
-RSWA = {**LLAMA, "rswa_window": 128}
-
-
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [(MROPE, "multi-dimensional rotary positions"), (RSWA, "a window that leaves the prompt visible (rswa_window)")],
-    ids=["mrope", "rswa"],
-)
-def test_a_target_whose_trees_cannot_branch_is_served_with_a_chain(
-    models: Models, target: dict[str, Any], said: str
-) -> None:
-    refusal = models.refusal({"medusa_tree": [2]}, target=target)
-    assert f"cannot verify a model with {said}" in refusal
-    assert 'give medusa_tree "chain"' in refusal
+@pytest.mark.parametrize("target", [MROPE, RSWA], ids=["mrope", "rswa"])
+def test_a_target_whose_trees_cannot_branch_is_served_with_a_chain(models: Models, target: dict[str, Any]) -> None:
     assert models.medusa({"medusa_tree": "chain"}, target=target).tree.topology.is_chain
 
 

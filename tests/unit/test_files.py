@@ -53,6 +53,6 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
 def test_a_file_that_cannot_be_written_is_named_with_what_to_do(tmp_path: Path):
     path = tmp_path / "directory"
     path.mkdir()
-    with pytest.raises(OSError, match=f"make room or give another directory.*{path}"):
+    with pytest.raises(OSError, match=f"^{path} cannot be written .*; make room or give another directory"):
         replace_file(path)
     assert list(tmp_path.iterdir()) == [path]

@@ -8,13 +8,12 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from vllm_medusa.checkpoint.entries import PUBLISHED_NAMES, check_entries
+
 MODEL_TYPE = "vllm_medusa"
 """vLLM 0.32 has a configuration of its own under ``medusa``."""
 
 ARCHITECTURE = "VllmMedusaHeads"
-
-PUBLISHED_NAMES = {"medusa_num_heads": "num_heads", "medusa_num_layers": "num_hidden_layers"}
-"""The original repository's keys, and vLLM 0.32's names for them."""
 
 
 class MedusaHeadsConfig(PretrainedConfig):
@@ -67,8 +66,14 @@ class MedusaHeadsConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> MedusaHeadsConfig:
-        """Read ``config.json`` from a directory or repository; published ones may lack ``model_type``."""
+        """Read ``config.json`` from a directory or repository; published ones may lack ``model_type``.
+
+        Raises:
+            ValueError: an entry is wrong.
+
+        """
         kwargs.pop("trust_remote_code", None)
         stored, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        check_entries(stored, "its config.json")
         known = {PUBLISHED_NAMES.get(key, key): value for key, value in stored.items() if key != "model_type"}
         return cls.from_dict(known, **kwargs)

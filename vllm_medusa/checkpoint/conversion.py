@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from vllm_medusa.checkpoint.confined import require_inside
 from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec, write_heads
 from vllm_medusa.checkpoint.published import (
     BASE_MODEL,
@@ -28,7 +28,7 @@ from vllm_medusa.checkpoint.published import (
 )
 from vllm_medusa.checkpoint.target import check_sizes, read_lm_head
 from vllm_medusa.checkpoint.weight_files import WeightFile, Weights
-from vllm_medusa.files import replaced_directory, write_json
+from vllm_medusa.files import read_json, replaced_directory, write_json
 
 HEADS_DIRECTORY = "heads"
 TARGET_DIRECTORY = "target"
@@ -123,6 +123,7 @@ def write_target(source: Path, weights: Weights, config: Mapping[str, Any], dire
     for path in source.iterdir():
         weights_or_config = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".index.json", CONFIG_FILE))
         if path.is_file() and not weights_or_config:
+            require_inside(path)
             shutil.copy(path, directory)
 
 
@@ -131,10 +132,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.exists():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object; download it again")
     return config
@@ -162,6 +160,6 @@ def _heads_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 def _target_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the other entries; ``architectures`` becomes the model type's standard one, without Medusa code."""
     entries = {key: value for key, value in config.items() if not key.startswith("medusa_")}
-    if plain := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type", "")):
+    if plain := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type"))):
         entries["architectures"] = [plain]
     return entries

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from vllm_medusa.checkpoint.entries import check_entries, read_entries
+from vllm_medusa.checkpoint.weight_files import WeightFile
 from vllm_medusa.files import replaced_directory, write_json
+from vllm_medusa.messages import shortened, some_of
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+TO_CONVERT = "convert published heads with vllm-medusa convert"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of heads that are served as they are; numbers of other dtypes would mean nothing without their scales."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,18 @@ class HeadsSpec:
         """
         missing = [key for key in ("hidden_size", "vocab_size", "num_heads") if key not in config]
         if missing:
-            raise ValueError(f"the heads' config lacks {', '.join(missing)}")
+            raise ValueError(f"the heads' config lacks {', '.join(missing)}; {TO_CONVERT}")
+        check_entries(dict(config), "the heads' config")
         if config.get("model_type", "medusa") != "medusa":
-            raise ValueError(f'the heads\' model_type must be "medusa", got {config["model_type"]!r}')
+            raise ValueError(
+                f'the heads\' model_type must be "medusa", got {shortened(config["model_type"])}; {TO_CONVERT}'
+            )
         truncated = config.get("truncated_vocab_size")
         if truncated not in (None, config["vocab_size"]):
-            raise ValueError(f"truncated_vocab_size must equal vocab_size ({config['vocab_size']}), got {truncated!r}")
+            raise ValueError(
+                f"truncated_vocab_size must equal vocab_size ({config['vocab_size']}), got {truncated!r}; "
+                "a draft vocabulary can be served, not trained or measured"
+            )
         return cls(
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
@@ -101,15 +114,29 @@ class HeadsSpec:
         return shapes
 
     def validate(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raise ``ValueError`` if tensors are missing, unknown, or of another shape."""
+        """Raise ``ValueError`` if tensors are missing, unknown, of another shape, or not in floating point."""
         shapes = self.shapes()
         if missing := sorted(shapes.keys() - state.keys()):
-            raise ValueError(f"the heads' weights lack {', '.join(missing)}")
+            raise ValueError(f"the heads' weights lack {some_of(missing)}")
         if unknown := sorted(state.keys() - shapes.keys()):
-            raise ValueError(f"the heads' weights hold unknown tensors: {', '.join(unknown)}")
+            raise ValueError(f"the heads' weights hold unknown tensors: {some_of(unknown)}")
         for name, shape in shapes.items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(state[name].shape)}")
+            check_dtype(name, state[name])
+
+
+def check_dtype(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` if a tensor of heads is quantised or otherwise not in floating point."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} is of dtype {dtype_name(tensor)}; heads must be float32, float16 or bfloat16, "
+            "save them unquantised"
+        )
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def write_heads(
@@ -151,12 +178,28 @@ def is_read_as_size(key: str) -> bool:
 
 
 def read_spec(directory: str | os.PathLike[str]) -> HeadsSpec:
-    """Read the heads' sizes from a checkpoint."""
-    return HeadsSpec.from_config(json.loads((Path(directory) / CONFIG_FILE).read_text()))
+    """Read the heads' sizes from a checkpoint; raises ``ValueError`` naming its config, ``OSError`` if it has none."""
+    path = Path(directory) / CONFIG_FILE
+    entries = read_entries(path)
+    try:
+        return HeadsSpec.from_config(entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors and check them against its ``config.json``."""
-    state = load_file(Path(directory) / WEIGHTS_FILE)
-    read_spec(directory).validate(state)
+    """Read a checkpoint's tensors and check them against its ``config.json``.
+
+    Raises:
+        ValueError: its weights are damaged or do not fit its config; the message names the file.
+        OSError: a file cannot be read.
+
+    """
+    spec = read_spec(directory)
+    file = WeightFile(Path(directory) / WEIGHTS_FILE)
+    state = file.load(file.names())
+    try:
+        spec.validate(state)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     return state

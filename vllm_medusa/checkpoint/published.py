@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 
+from vllm_medusa.checkpoint.entries import check_entries
 from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec, is_read_as_size
 from vllm_medusa.checkpoint.weight_files import ORIGINAL_FILE, Weights
 from vllm_medusa.files import replaced_directory, write_json
+from vllm_medusa.messages import some_of
 
 PREFIX = r"(?P<prefix>medusa_heads?\.)?"
 ORIGINAL_NAME = re.compile(PREFIX + r"(?P<head>\d+)\.(?P<layer>\d+)\.(?:linear\.(?P<parameter>weight|bias)|weight)")
@@ -129,12 +131,12 @@ class HeadNames:
         others = [name for name, tensor in parsed.items() if tensor is None]
         if not heads:
             raise ValueError(
-                f"the checkpoint is in no known layout of Medusa heads: it holds {_first(others)}; expected names "
+                f"the checkpoint is in no known layout of Medusa heads: it holds {some_of(others)}; expected names "
                 "like 0.0.linear.weight, medusa_head.0.0.linear.weight or blocks.0.layers.0.weight"
             )
         if others and not all(tensor.prefixed for tensor in heads.values()):
             raise ValueError(
-                f"the checkpoint is in no known layout of Medusa heads: beside heads it holds {_first(others)}; "
+                f"the checkpoint is in no known layout of Medusa heads: beside heads it holds {some_of(others)}; "
                 "in a whole model the heads' names must start with medusa_head., as in medusa_head.0.0.linear.weight"
             )
         return cls(heads, others)
@@ -149,7 +151,7 @@ class HeadNames:
                     f"{name} is named as an LM head after {tensor.layer} layers, but there are {num_layers}"
                 )
         if len({tensor.served_name for tensor in self.heads.values()}) < len(self.heads):
-            raise ValueError(f"the checkpoint holds the same heads in two layouts: {_first(list(self.heads))}")
+            raise ValueError(f"the checkpoint holds the same heads in two layouts: {some_of(list(self.heads))}")
 
     @property
     def num_heads(self) -> int:
@@ -177,6 +179,7 @@ def read_published(
 
     """
     names = HeadNames.of(weights)
+    check_entries(dict(config), CONFIG_FILE)
     num_heads, num_layers = names.num_heads, names.num_layers
     if (named := config.get("medusa_num_heads", num_heads)) > num_heads:
         raise ValueError(f"config.json names {named} heads, but the weights hold {num_heads}; download both again")
@@ -269,7 +272,3 @@ def _extra(config: Mapping[str, Any], spec: HeadsSpec) -> dict[str, Any]:
     """Keep the entries of ``config`` that state neither sizes nor the layout."""
     known = {*spec.to_config(), *OWN_ENTRIES}
     return {key: value for key, value in config.items() if key not in known and not is_read_as_size(key)}
-
-
-def _first(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

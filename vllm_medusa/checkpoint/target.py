@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.checkpoint.weight_files import Weights
+from vllm_medusa.messages import shortened_message
 
 
 def read_lm_head(target: Path) -> torch.Tensor:
@@ -23,8 +24,8 @@ def read_lm_head(target: Path) -> torch.Tensor:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ValueError(f"{target} is no causal language model ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # A stranger's config can fail anywhere in the model's constructor.
+        raise ValueError(f"{target} is no causal language model ({shortened_message(error)})") from None
     modules = {module: name for name, module in model.named_modules()}
     weights = Weights.find(target)
     stored = set(weights)
@@ -52,5 +53,5 @@ def check_sizes(spec: HeadsSpec, target: Path) -> None:
 def _model_config(directory: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{directory} holds no model ({' '.join(str(error).split())})") from None
+    except Exception as error:  # A stranger's config can fail anywhere.
+        raise ValueError(f"{directory} holds no model ({shortened_message(error)})") from None

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from vllm_medusa.checkpoint.confined import indexed_files
+from vllm_medusa.checkpoint.pickles import is_plain, unpickle
+from vllm_medusa.messages import shortened
 
 ORIGINAL_FILE = "medusa_lm_head.pt"
 """The original repository's file of heads."""
@@ -37,18 +40,15 @@ class WeightFile:
     path: Path
 
     def names(self) -> list[str]:
-        try:
-            if self._is_safetensors:
-                with safe_open(self.path, framework="pt") as stored:
-                    return list(stored.keys())
+        if not self._is_safetensors:
             return list(self._unpickled())
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a readable safetensors file: {error}; download it again") from None
+        with self._opened() as stored:
+            return list(stored.keys())
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the named tensors on the CPU; no two share memory."""
         if self._is_safetensors:
-            with safe_open(self.path, framework="pt") as stored:
+            with self._opened() as stored:
                 return {name: stored.get_tensor(name) for name in names}
         unpickled = self._unpickled()
         # The original code has one module for all layers of a head, so its files hold one tensor under several names.
@@ -58,23 +58,33 @@ class WeightFile:
     def _is_safetensors(self) -> bool:
         return self.path.suffix == ".safetensors"
 
-    def _unpickled(self) -> dict[str, torch.Tensor]:
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            with safe_open(self.path, framework="pt") as stored:
+                yield stored
+        except SafetensorError as error:
             raise ValueError(
-                f"{self.path} is not a readable file of tensors ({str(error).splitlines()[0]}); download it again, "
-                "or save its state_dict alone"
+                f"{self.path} is not a readable safetensors file, it is incomplete or damaged ({error}); "
+                "download it again"
             ) from None
+
+    def _unpickled(self) -> dict[str, torch.Tensor]:
+        content = unpickle(self.path)
         if not isinstance(content, dict):
             raise ValueError(
                 f"{self.path} holds a {type(content).__name__}, not a state_dict; save the state_dict alone"
             )
         for name, value in content.items():
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 raise ValueError(
-                    f"{self.path} holds a {type(value).__name__} under {name!r}, not a tensor; "
+                    f"{self.path} holds a {type(value).__name__} under {shortened(name)}, not a tensor under a name; "
                     "save the state_dict alone"
+                )
+            if not is_plain(value):
+                raise ValueError(
+                    f"{self.path} holds {shortened(name)} as a tensor of {tuple(value.shape)} that does not store its "
+                    "elements one by one; save the state_dict of dense tensors"
                 )
         return content
 
@@ -120,7 +130,7 @@ def _paths(directory: Path) -> list[Path]:
             return [directory / name]
     for name, index in INDEXED.items():
         if (directory / index).exists():
-            return [directory / file for file in sorted(set(_weight_map(directory / index).values()))]
+            return indexed_files(directory / index)
         if (directory / name).exists():
             return [directory / name]
     found = sorted(path.name for path in directory.iterdir())
@@ -128,10 +138,3 @@ def _paths(directory: Path) -> list[Path]:
         f"{directory} holds no known weight file; it needs one of {', '.join((*HEADS_FILES, *INDEXED))} "
         f"(or an index of the last two), but it has {', '.join(found[:5]) or 'nothing'}"
     )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} is no index of weights: it has no weight_map; download it again") from None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from vllm_medusa.data.validation import validated
 from vllm_medusa.distillation.dialogue import PromptStyle, Target
 from vllm_medusa.distillation.run import DistillConfig
 from vllm_medusa.distillation.self_prompts import SelfPromptConfig, SelfPrompts
+from vllm_medusa.files import parse_json
+from vllm_medusa.messages import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,12 +121,13 @@ def _self_prompt_config(
 
 def _engine_options(text: str) -> dict[str, Any]:
     try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"engine-args: {text!r} is not JSON: {error}") from None
+        options = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"engine-args: {shortened(text)} is not JSON: {error}") from None
     if not isinstance(options, dict) or "model" in options:
         raise ValueError(
-            f"""engine-args: must be a JSON object without "model", such as {{"dtype": "float16"}}, got {text}"""
+            'engine-args: must be a JSON object without "model", such as {"dtype": "float16"}, '
+            f"got {shortened(options)}"
         )
     return options
 

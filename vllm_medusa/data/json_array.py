@@ -79,6 +79,10 @@ class _Window:
                 if self._exhausted:
                     line = self.line + self._buffer.count("\n", self._position, error.pos)
                     raise ArraySyntaxError(error.msg, line) from None
+            except RecursionError:
+                raise ArraySyntaxError("a value is nested too deeply", self.line) from None
+            except ValueError:  # Python advises to raise its limit.
+                raise ArraySyntaxError("an integer has too many digits", self.line) from None
             else:
                 # A number at the buffer's end may have more digits in the stream.
                 if end < len(self._buffer) or self._exhausted:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from vllm_medusa.data.json_array import ArraySyntaxError, array_items
 from vllm_medusa.data.records import Record, parse_record
+from vllm_medusa.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def read_lines(file: Path, bad_lines: BadLineCounter) -> Iterator[tuple[Source, 
         )
     if _first_character(file) == b"[":
         return _array_items(file)
-    return _text_lines(file, json.loads, bad_lines)
+    return _text_lines(file, parse_json, bad_lines)
 
 
 def _first_character(file: Path) -> bytes:
@@ -166,6 +167,8 @@ def _text_lines(file: Path, parse: Callable[[str], Any], bad_lines: BadLineCount
                 bad_lines.add(source, f"not JSON: {error.msg} at character {error.pos + 1}")
             except UnicodeDecodeError as error:
                 bad_lines.add(source, f"not UTF-8: {error.reason} at byte {error.start + 1}")
+            except ValueError as error:
+                bad_lines.add(source, f"not JSON: {error}")
 
 
 def _array_items(file: Path) -> Iterator[tuple[Source, Any]]:

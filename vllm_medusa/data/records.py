@@ -9,7 +9,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from vllm_medusa.data.validation import shortened, validated
+from vllm_medusa.data.validation import validated
+from vllm_medusa.messages import shortened
 
 
 class Role(StrEnum):

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from vllm_medusa.messages import shortened
+
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_ERRORS = 3
@@ -22,12 +24,6 @@ def validated(kind: type[Model], fields: Mapping[str, Any]) -> Model:
     except ValidationError as error:
         errors = error.errors()[:MAX_ERRORS]
         raise ValueError("; ".join(_describe(kind, dict(detail)) for detail in errors)) from None
-
-
-def shortened(value: Any, most: int = 60) -> str:
-    """Return a value's ``repr``, cut to ``most`` characters."""
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _describe(kind: type[BaseModel], detail: Mapping[str, Any]) -> str:

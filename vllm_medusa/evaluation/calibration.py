@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_medusa.checkpoint.format import CONFIG_FILE
-from vllm_medusa.files import write_json
+from vllm_medusa.files import read_json, write_json
 from vllm_medusa.tree.static import (
     MAX_NODES,
     StaticTree,
@@ -81,6 +80,6 @@ def write_calibration(directory: Path, calibration: Calibration, nodes: int | No
     """
     tree: str | list[list[int]] = "sparse" if nodes is None else calibration.tree(nodes).choices
     path = directory / CONFIG_FILE
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(path)
     config |= {"medusa_tree": tree, "medusa_accuracies": calibration.accuracies.tolist()}
     write_json(path, config)

@@ -49,10 +49,9 @@ def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel)
         OSError: a file is missing.
 
     """
-    try:
-        spec = read_spec(directory)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}; convert published heads with vllm-medusa convert") from None
+    if not directory.is_dir():
+        raise ValueError(f"there is no directory {directory} of heads; give the one that training or convert wrote")
+    spec = read_spec(directory)
     check_sizes(spec, target_directory)
     with torch.device("meta"):
         heads = TrainableHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size))

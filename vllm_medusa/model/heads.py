@@ -15,6 +15,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_medusa.checkpoint.config import MedusaHeadsConfig
+from vllm_medusa.checkpoint.format import check_dtype, dtype_name
 from vllm_medusa.checkpoint.published import HeadTensor
 from vllm_medusa.model.lm_heads import OwnLMHeads, TargetLMHead
 from vllm_medusa.tree.options import Tree
@@ -80,8 +81,8 @@ class MedusaHeads(nn.Module):
         num_heads: heads that are held and run: as many as the tree is deep.
 
     Raises:
-        ValueError: a tensor of the checkpoint is missing, is of another shape than the config says, or belongs to a
-            head or layer beyond those in the config; or the config's ``logit_scale`` is not positive.
+        ValueError: a tensor of the checkpoint is missing, is of another shape than the config says, is quantised, or
+            belongs to a head or layer beyond those in the config.
 
     """
 
@@ -92,8 +93,6 @@ class MedusaHeads(nn.Module):
         tree: Tree = options.tree
         config: MedusaHeadsConfig = options.draft_model_config.hf_config
         assert config.truncated_vocab_size is not None
-        if config.logit_scale <= 0:
-            raise ValueError(f"logit_scale: {config.logit_scale} is not positive; correct the heads' config.json")
         self.config = config
         self.num_heads = tree.depth
         self.blocks = ResidualBlocks(
@@ -177,6 +176,7 @@ class MedusaHeads(nn.Module):
                 self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
             elif tensor_of_head is not None and name in shapes:
                 _check_shape(name, tensor, shapes[name])
+                check_dtype(name, tensor)
                 self._load(tensor_of_head, tensor)
                 missing.discard(name)
             elif not (self.config.original_lm_head and name.startswith("lm_head")):
@@ -193,6 +193,10 @@ class MedusaHeads(nn.Module):
 
     def _checked_map(self, token_map: torch.Tensor) -> torch.Tensor:
         rows, vocab = self.config.truncated_vocab_size, self.config.vocab_size
+        if token_map.is_floating_point() or token_map.dtype is torch.bool:
+            raise ValueError(
+                f"the heads' checkpoint holds a token_map of dtype {dtype_name(token_map)}; it must hold integers"
+            )
         if tuple(token_map.shape) != (rows,) or not bool(((token_map >= 0) & (token_map < vocab)).all()):
             raise ValueError(
                 f"the heads' checkpoint holds a token_map of shape {tuple(token_map.shape)} with tokens "

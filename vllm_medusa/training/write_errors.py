@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from vllm_medusa.files import WriteError
+
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 """Names in the ``RuntimeError`` that ``torch.save`` raises if a write fails."""
 
@@ -21,7 +23,8 @@ def explain_write_errors(directory: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITER):
             raise
+        reason = error.reason if isinstance(error, WriteError) else error
         raise OSError(
-            f"cannot write to {directory}: {error}; make room there and give the same command again, "
+            f"cannot write to {directory}: {reason}; make room there and give the same command again, "
             "which resumes from the last complete checkpoint"
         ) from None

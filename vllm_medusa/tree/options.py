@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vllm_medusa.files import read_json
+from vllm_medusa.messages import shortened, shortened_message
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import (
     StaticTree,
@@ -32,6 +33,8 @@ holds no accuracies of its own."""
 
 DYNAMIC_TOP_K = 10
 """Tokens of each head that a dynamic tree may use where the options name no number."""
+
+NAMED_TREES = ("sparse", "dynamic", "chain")
 
 Tree = StaticTree | DynamicTree
 
@@ -86,8 +89,8 @@ class TreeOptions:
             tree = chain(self.num_heads)
         elif not isinstance(wanted, list):
             raise ValueError(
-                f'medusa_tree: {wanted!r} is none of "sparse", "dynamic", "chain", a Cartesian product such as '
-                "[4, 2, 2], explicit choices such as [[0], [0, 0], [1]], or a JSON file"
+                f'medusa_tree: {shortened(wanted)} is none of "sparse", "dynamic", "chain", a Cartesian product '
+                "such as [4, 2, 2], explicit choices such as [[0], [0, 0], [1]], or a JSON file"
             )
         elif wanted and not isinstance(wanted[0], list):
             tree = cartesian(wanted)
@@ -113,8 +116,8 @@ class TreeOptions:
             _, _ = accuracies.shape
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"medusa_accuracies: the heads' config.json holds {stored!r}, which is no matrix [heads, ranks]; "
-                "calibrate the heads again"
+                f"medusa_accuracies: the heads' config.json holds {shortened(stored)}, which is no matrix "
+                "[heads, ranks]; calibrate the heads again"
             ) from error
         accuracies = accuracies[: self.num_heads, : self.top_k]
         if self.num_nodes is not None:
@@ -125,12 +128,15 @@ class TreeOptions:
 def _read_tree(path: str) -> Any:
     """Read a tree from a JSON file: the tree itself, or an object that holds it as ``medusa_tree``."""
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'medusa_tree: {path!r} is none of "sparse", "dynamic", "chain", a list, or a readable JSON file ({error})'
+            f'medusa_tree: {path!r} is none of "sparse", "dynamic", "chain", a list, or a readable JSON file '
+            f"({shortened_message(error)})"
         ) from error
     tree = stored["medusa_tree"] if isinstance(stored, dict) and "medusa_tree" in stored else stored
-    if not isinstance(tree, list) and tree not in ("sparse", "dynamic", "chain"):
-        raise ValueError(f'medusa_tree: {path!r} holds {tree!r}; it must hold "sparse", "dynamic", "chain" or a list')
+    if not isinstance(tree, list) and tree not in NAMED_TREES:
+        raise ValueError(
+            f'medusa_tree: {path!r} holds {shortened(tree)}; it must hold "sparse", "dynamic", "chain" or a list'
+        )
     return tree

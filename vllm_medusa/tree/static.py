@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_medusa.messages import shortened
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.topology import ROOT, DraftTree
 
@@ -163,7 +164,7 @@ def cartesian(widths: Sequence[int]) -> StaticTree:
     """
     if not widths or not all(_is_rank(width) and width > 0 for width in widths):
         raise ValueError(
-            f"medusa_tree: {list(widths)} is not a Cartesian product; "
+            f"medusa_tree: {shortened(list(widths))} is not a Cartesian product; "
             "give one integer of at least 1 per depth, such as [4, 2, 2]"
         )
     check_size(sum(accumulate(widths, mul)))
@@ -190,17 +191,17 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
     for choice in choices:
         if not isinstance(choice, list | tuple) or not choice or not all(map(_is_rank, choice)):
             raise ValueError(
-                f"medusa_tree: {choice!r} is not a path; a path is a list of one or more ranks from 0 "
+                f"medusa_tree: {shortened(choice)} is not a path; a path is a list of one or more ranks from 0 "
                 "(a head's most probable token) up, such as [0, 2], and the root is implied"
             )
         if tuple(choice) in paths:
-            raise ValueError(f"medusa_tree: path {list(choice)} is listed twice; list each path once")
+            raise ValueError(f"medusa_tree: path {shortened(list(choice))} is listed twice; list each path once")
         paths[tuple(choice)] = None
     for path in paths:
         if path[:-1] and path[:-1] not in paths:
             raise ValueError(
-                f"medusa_tree: path {list(path)} has no parent; "
-                f"every path but those of one rank hangs below another, add {list(path[:-1])}"
+                f"medusa_tree: path {shortened(list(path))} has no parent; "
+                f"every path but those of one rank hangs below another, add {shortened(list(path[:-1]))}"
             )
     row = {path: index for index, path in enumerate(paths)}
     parent_first = all(row.get(path[:-1], ROOT) < row[path] for path in paths)
@@ -226,7 +227,7 @@ def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
     if accuracies.ndim != 2 or not bool(((accuracies >= 0) & (accuracies <= 1)).all()):
         raise ValueError(
             "medusa_tree: the calibrated accuracies must be a matrix [heads, ranks] of probabilities, "
-            f"got {accuracies.tolist()}; calibrate the heads again"
+            f"got {shortened(accuracies.tolist())}; calibrate the heads again"
         )
     heads, ranks = accuracies.shape
     available = available_nodes(heads, ranks)
@@ -278,7 +279,7 @@ def validate_depth(tree: StaticTree, num_heads: int) -> None:
     for path in tree.choices:
         if len(path) > num_heads:
             raise ValueError(
-                f"medusa_tree: path {path} is {len(path)} deep, but there are {num_heads} heads; "
+                f"medusa_tree: path {shortened(path)} is {len(path)} deep, but there are {num_heads} heads; "
                 f"give paths of at most {num_heads} ranks"
             )
 

@@ -66,11 +66,9 @@ def test_a_config_with_only_what_vllm_needs_gets_vllms_defaults():
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"model_type": "eagle"}, "model_type must be"),
         ({"truncated_vocab_size": 8}, "truncated_vocab_size must equal vocab_size"),
-        ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
-        ({"num_heads": "3"}, "num_heads must be a positive integer, got '3'"),
     ],
 )
-def test_a_wrong_config_is_refused_by_name(change, message):
+def test_a_config_of_another_format_is_refused_by_name(change, message):
     config = {name: value for name, value in (SPEC.to_config() | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         HeadsSpec.from_config(config)

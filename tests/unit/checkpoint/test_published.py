@@ -211,65 +211,6 @@ def test_no_two_files_of_a_model_are_in_memory_at_once(tmp_path: Path, monkeypat
     assert len(loaded) == 4
 
 
-def served(directory: Path, change: Callable[[State], State], **config: object) -> Path:
-    """Write heads in the served layout with changed tensors."""
-    spec = HeadsSpec(HIDDEN, VOCAB, 2)
-    state = change({name: torch.zeros(shape) for name, shape in spec.shapes().items()})
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(spec.to_config() | config))
-    save_file(state, directory / "model.safetensors")
-    return directory
-
-
-def without(*names: str) -> Callable[[State], State]:
-    return lambda state: {name: tensor for name, tensor in state.items() if name not in names}
-
-
-@pytest.mark.parametrize(
-    ("change", "config", "message"),
-    [
-        (
-            lambda _: {f"hydra.{n}": torch.zeros(1) for n in range(9)},
-            {},
-            r"no known .* hydra.0, hydra.1, hydra.2 and 6 m",
-        ),
-        (
-            lambda state: state | {"token_map": torch.zeros(4)},
-            {},
-            "no known layout .* beside heads it holds token_map;",
-        ),
-        (without("blocks.1.layers.0.bias"), {}, r"the heads' weights lack blocks\.1\.layers\.0\.bias"),
-        (without("lm_heads.1.weight"), {"original_lm_head": False}, r"lack lm_heads\.1\.weight"),
-        (without("lm_heads.0.weight", "lm_heads.1.weight"), {}, "no LM heads of their own; .* --target"),
-        (lambda state: {"lm_heads.0.weight": state["lm_heads.0.weight"]}, {}, "no residual layers"),
-        (
-            lambda state: state | {"2.3.weight": torch.zeros(1)},
-            {},
-            "2.3.weight is named .* after 3 layers, but there are 1",
-        ),
-        (
-            lambda state: state | {"0.0.linear.bias": torch.zeros(HIDDEN)},
-            {},
-            "the same heads in two layouts: 0.0.linear.bias",
-        ),
-        (
-            lambda state: state | {"lm_heads.1.weight": torch.zeros(9, 9)},
-            {},
-            r"lm_heads.1.weight must have shape \(16, 8",
-        ),
-        (dict, {"medusa_num_heads": 3}, "config.json names 3 heads, but the weights hold 2"),
-    ],
-)
-def test_wrong_weights_are_refused_in_one_line_by_name(
-    tmp_path: Path, change: Callable[[State], State], config: dict[str, object], message: str
-) -> None:
-    source = served(tmp_path / "served", change, **config)
-    with pytest.raises(ValueError, match=message) as error:
-        convert(source, tmp_path / "output", Layout.SERVED)
-    assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["served"]
-
-
 @pytest.mark.parametrize("layout", Layout)
 def test_the_target_names_the_model_of_heads_that_do_not(tmp_path: Path, target: Path, layout: Layout) -> None:
     spec = HeadsSpec(HIDDEN, VOCAB, 1)
@@ -289,67 +230,6 @@ def test_layers_that_the_original_code_would_take_for_one_are_refused(tmp_path: 
     write_heads(tmp_path / "served", spec, {name: torch.randn(shape) for name, shape in spec.shapes().items()})
     with pytest.raises(ValueError, match=r"blocks\.0\.layers\.0\.bias and blocks\.0\.layers\.1\.bias differ"):
         convert(tmp_path / "served", tmp_path / "original", Layout.ORIGINAL)
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "spec", "message"),
-    [
-        (VOCAB + 1, HeadsSpec(HIDDEN, VOCAB, 2), "the heads have vocab_size 16, the target .* has 17"),
-        (VOCAB, HeadsSpec(HIDDEN + 1, VOCAB, 2), "the heads have hidden_size 9, the target .* has 8"),
-    ],
-)
-def test_heads_of_other_sizes_than_their_target_are_refused_with_both(
-    tmp_path: Path, vocab_size: int, spec: HeadsSpec, message: str
-) -> None:
-    write_target(tmp_path / "target", vocab_size=vocab_size)
-    write_heads(tmp_path / "heads", spec, {name: torch.zeros(shape) for name, shape in spec.shapes().items()})
-    with pytest.raises(ValueError, match=message):
-        convert(tmp_path / "heads", tmp_path / "output", Layout.ORIGINAL, tmp_path / "target")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("medusa_lm_head.pt", b"no pickle", "medusa_lm_head.pt is not a readable file of tensors"),
-        ("medusa_lm_head.safetensors", b"no header", "medusa_lm_head.safetensors is not a readable safetensors file"),
-        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json is no index of weights"),
-        ("hydra_lm_head.pt", b"", "no known weight file; it needs .* it has config.json, hydra_lm_head.pt"),
-    ],
-)
-def test_damaged_and_missing_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        convert(tmp_path, tmp_path / "output", Layout.SERVED)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([torch.zeros(1)], "holds a list, not a state_dict"),
-        ({"state_dict": {"0.0.linear.weight": torch.zeros(1)}}, "holds a dict under 'state_dict', not a tensor"),
-        ({"config": Path("/")}, "is not a readable file of tensors"),
-    ],
-)
-def test_pickles_are_read_as_tensors_only(tmp_path: Path, content: object, message: str) -> None:
-    torch.save(content, tmp_path / "medusa_lm_head.pt")
-    with pytest.raises(ValueError, match=message) as error:
-        convert(tmp_path, tmp_path / "output", Layout.SERVED)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_config_that_is_no_object_is_refused_by_its_path(tmp_path: Path, content: str) -> None:
-    write_original(tmp_path / "original")
-    (tmp_path / "original" / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"original/config\.json (is not JSON|holds a list)"):
-        convert(tmp_path / "original", tmp_path / "output", Layout.SERVED)
-
-
-def test_a_directory_in_use_is_not_overwritten(tmp_path: Path) -> None:
-    write_original(tmp_path / "original")
-    with pytest.raises(ValueError, match="original exists and is not empty; give a directory that does not exist"):
-        convert(tmp_path / "original", tmp_path / "original", Layout.SERVED)
 
 
 @pytest.mark.parametrize("layout", Layout)

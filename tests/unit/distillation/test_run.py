@@ -207,7 +207,7 @@ def test_prompts_without_a_record_are_told_by_the_counts(tmp_path: Path):
 def test_a_full_disk_ends_the_run_with_nothing_half_written(prompts: Path, tmp_path: Path):
     whole = run([prompts], tmp_path / "whole")
     long = CONFIG.model_copy(update={"shard_size": 8})
-    reason = r"File too large; make room .*, then run the same command again.*shard-00000"
+    reason = r"shard-00000\.jsonl cannot be written \(File too large\); make room .*, then run the same command again"
     with largest_file(1024), pytest.raises(OSError, match=reason):
         run([prompts], tmp_path / "set", long)
     assert list(contents(tmp_path / "set")) == [MANIFEST_FILE]

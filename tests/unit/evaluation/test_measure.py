@@ -100,7 +100,7 @@ def test_heads_that_are_not_the_targets_are_refused(models: Path, target: LlamaF
     with pytest.raises(ValueError, match=r"the heads have vocab_size 301, the target .* has 300"):
         load_heads(tmp_path / "heads", models / "target", target)
     write_original(tmp_path / "original")
-    with pytest.raises(ValueError, match=r"original: the heads' config lacks .* with vllm-medusa convert"):
+    with pytest.raises(ValueError, match=r"original/config\.json: the heads' config lacks .* with vllm-medusa convert"):
         load_heads(tmp_path / "original", models / "target", target)
 
 

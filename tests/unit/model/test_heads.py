@@ -223,16 +223,25 @@ def test_a_token_map_that_does_not_fit_is_refused(load: Load, token_map: torch.T
         load({**random_state(vocab=40), "token_map": token_map}, truncated_vocab_size=40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_a_token_map_that_holds_no_integers_is_refused(load: Load, dtype: torch.dtype) -> None:
+    token_map = torch.arange(40).to(dtype)
+    with pytest.raises(ValueError, match=r"token_map of dtype (float32|bool); it must hold integers"):
+        load({**random_state(vocab=40), "token_map": token_map}, truncated_vocab_size=40)
+
+
+@pytest.mark.parametrize("name", ["lm_heads.1.weight", "blocks.0.layers.0.weight"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantised_tensor_is_refused_by_name(load: Load, name: str, dtype: torch.dtype) -> None:
+    state = random_state()
+    with pytest.raises(ValueError, match=rf"{name} is of dtype (int8|float8_e4m3fn); heads must be float32"):
+        load({**state, name: state[name].to(dtype)})
+
+
 def test_logits_are_scaled_as_the_config_says(load: Load) -> None:
     state, hidden = random_state(), torch.randn(2, HIDDEN)
     model = load(state, logit_scale=0.25)
     torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden) * 0.25)
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.5])
-def test_a_scale_that_is_not_positive_is_refused(load: Load, scale: float) -> None:
-    with pytest.raises(ValueError, match=rf"logit_scale: {scale} is not positive"):
-        load(random_state(), logit_scale=scale)
 
 
 def test_heads_draft_in_their_own_dtype_whatever_dtype_the_targets_lm_head_has(load: Load) -> None:

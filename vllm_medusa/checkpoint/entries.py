@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the entries of a heads' ``config.json`` may be: checked before anything is built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_medusa.files import read_json
+from vllm_medusa.messages import shortened
+
+PUBLISHED_NAMES = {"medusa_num_heads": "num_heads", "medusa_num_layers": "num_hidden_layers"}
+"""The original repository's keys, and vLLM 0.32's names for them."""
+
+MOST_HEADS = 64
+MOST_LAYERS = 64
+MOST_TOKENS = 2**24
+MOST_WIDTH = 2**20
+
+
+class _Entries(BaseModel):
+    """Types and bounds; each description says what an entry must be."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    num_heads: int | None = Field(None, ge=1, le=MOST_HEADS, description=f"an integer from 1 to {MOST_HEADS}")
+    num_hidden_layers: int = Field(1, ge=1, le=MOST_LAYERS, description=f"an integer from 1 to {MOST_LAYERS}")
+    hidden_size: int | None = Field(None, ge=0, le=MOST_WIDTH, description=f"an integer from 0 to {MOST_WIDTH}")
+    vocab_size: int | None = Field(None, ge=0, le=MOST_TOKENS, description=f"an integer from 0 to {MOST_TOKENS}")
+    truncated_vocab_size: int | None = Field(
+        None, ge=0, le=MOST_TOKENS, description=f"an integer from 0 to {MOST_TOKENS}"
+    )
+    original_lm_head: bool = Field(False, description="true or false")
+    medusa_fc_bias: bool = Field(False, description="true or false")
+    logit_scale: float = Field(1.0, gt=0, le=1e6, description="a number above 0")
+    medusa_tree: str | list[Any] | None = Field(None, description='a tree: a name such as "sparse", or a list')
+    medusa_accuracies: list[Any] | None = Field(
+        None, description="a list of each head's accuracies, calibrate the heads again"
+    )
+    quantization_config: None = Field(None, description="left out: heads are served in the target's dtype, unquantised")
+
+
+def check_entries(stored: Any, where: str) -> dict[str, Any]:
+    """Return a ``config.json``'s content if every entry that is read has its type and is within its bounds.
+
+    Args:
+        stored: the file's content.
+        where: what holds it, for the message.
+
+    Raises:
+        ValueError: an entry is wrong; the message is one line that names it.
+
+    """
+    if not isinstance(stored, dict):
+        raise ValueError(f"{where} holds {shortened(stored)}, not an object; download it again")
+    keys = {PUBLISHED_NAMES.get(key, key): key for key in stored}
+    try:
+        _Entries.model_validate({name: stored[key] for name, key in keys.items()})
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        must = _Entries.model_fields[name].description
+        raise ValueError(f"{where} has {keys[name]} {shortened(stored[keys[name]])}; it must be {must}") from None
+    return stored
+
+
+def read_entries(path: Path) -> dict[str, Any]:
+    """Read and check a heads' ``config.json``; raises ``ValueError``, or ``OSError`` if it cannot be read."""
+    return check_entries(read_json(path), str(path))
+
+
+def has_heads(stored: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names a number of heads, as only one of heads does."""
+    return any(PUBLISHED_NAMES.get(key, key) == "num_heads" for key in stored)

@@ -15,7 +15,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv, round_up
-from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -74,7 +74,7 @@ class TreeFlashAttentionMetadataBuilder(
         programs = num_reqs * cdiv(rows, BLOCK_ROWS) * self.num_heads_kv
         most_splits = self.attention_config.flash_attn_max_num_splits_for_cuda_graph
         max_splits = min(cdiv(self._workspace.gpu.processors, programs), most_splits)
-        is_quantised = is_quantized_kv_cache(self.cache_config.cache_dtype)
+        is_quantised = self.cache_config.cache_dtype.startswith("fp8")
         lengths = trees.root_positions[:num_reqs]
         planned = flash_attn.get_scheduler_metadata(
             batch_size=num_reqs,

@@ -180,7 +180,7 @@ def step_milliseconds(llm: Any, _rows: int) -> float:
 
 
 def commit_milliseconds(llm: Any, rows: int) -> float:
-    """Return the median time of moving an accepted branch of four rows, as far apart as the tree has them."""
+    """Return the median time of moving an accepted branch of up to four rows, as far apart as the tree has them."""
     import torch
 
     from vllm_medusa.acceptance.exact import Walk
@@ -196,7 +196,8 @@ def commit_milliseconds(llm: Any, rows: int) -> float:
         max_depth=HEADS,
         num_drafting_reqs=1,
     )
-    accepted = Walk(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 2, 4, rows - 1]]))
+    branch = torch.tensor([sorted({row for row in (0, 2, 4, rows - 1) if row < rows})])
+    accepted = Walk(torch.zeros_like(branch), branch)
     slots = [table.slot_mapping.gpu for table in runner.input_batch.block_table.block_tables]
     times = []
     for _ in range(50):

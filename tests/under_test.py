@@ -69,7 +69,8 @@ def _gpu_attention(flash: bool) -> AbstractContextManager[None]:
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_medusa.attention.triton.backend import TreeFlashAttentionBackend, TreeTritonAttentionBackend
+    from vllm_medusa.attention.triton.flash_backend import TreeFlashAttentionBackend
+    from vllm_medusa.attention.triton.triton_backend import TreeTritonAttentionBackend
     from vllm_medusa.compat.backends import overridden
     from vllm_medusa.kv_cache.kernel_commit import KernelCommit
     from vllm_medusa.runner.v2 import cpu_model_runner

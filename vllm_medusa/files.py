@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
@@ -194,3 +195,8 @@ def write_json(path: Path, content: Any) -> None:
     """Write or replace a JSON file."""
     with replaced_file(path) as stream:
         stream.write(json.dumps(content, indent=2) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

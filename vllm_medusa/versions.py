@@ -15,6 +15,7 @@ DISTRIBUTIONS = {
     "transformers": "transformers",
     "accelerate": "accelerate",
     "peft": "peft",
+    "gguf": "gguf",
 }
 """Each distribution and the package that it installs."""
 

@@ -21,6 +21,7 @@ from tests.integration.engines import engine
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines
 from vllm_medusa.data.records import Record
 from vllm_medusa.distillation.dialogue import PromptStyle, Target
+from vllm_medusa.distillation.raw_text import TextRequest
 from vllm_medusa.distillation.run import DistillConfig, distill
 from vllm_medusa.distillation.served_target import ServedTarget
 
@@ -69,6 +70,15 @@ def test_a_server_s_records_are_those_of_an_own_engine(
     served = run(ServedTarget(f"{server.url}/v1", MODEL, concurrency=4), style, prompts, tmp_path / "set")
     assert served == offline[style]
     assert all(getattr(record, "tokens", ()) for record in served)
+
+
+def test_a_server_writes_raw_text_as_an_own_engine_does(server: Server, target: Path) -> None:
+    opening = tuple(AutoTokenizer.from_pretrained(target)("def ")["input_ids"])
+    requests = [TextRequest(opening, ":", 1.0, 0.9, max_tokens=12, seed=seed) for seed in range(5)]
+    written = ServedTarget(f"{server.url}/v1", MODEL, concurrency=1).write(requests, lambda text: None)
+    with engine(target, skip_tokenizer_init=False, max_model_len=CONTEXT) as llm:
+        on_engine = SharedEngineTarget(llm, AutoTokenizer.from_pretrained(target))
+        assert written == on_engine.write(requests, lambda text: None)
 
 
 def test_a_prompt_that_is_too_long_for_the_server_is_a_bad_line(server: Server, tmp_path: Path) -> None:

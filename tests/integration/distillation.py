@@ -20,6 +20,11 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}# assistant{{ '\n' }}{% endif %}"
 )
+HEADER_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "def {{ message['content'] }}:{{ '\n' }}{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""A user's turn is a function's name and parameters, which a target that writes Python can write too."""
 DIALOGUE = {
     "conversations": [
         {"from": "system", "value": "Python."},
@@ -41,12 +46,12 @@ class SharedEngineTarget(OfflineTarget):
         return nullcontext()
 
 
-def write_chat_target(target: Path, directory: Path) -> Path:
+def write_chat_target(target: Path, directory: Path, chat_template: str = CHAT_TEMPLATE) -> Path:
     """Give a target a chat template, in a directory of its own."""
     directory.mkdir()
     for file in target.iterdir():
         (directory / file.name).symlink_to(file)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(chat_template)
     return directory
 
 

@@ -22,6 +22,7 @@ from vllm_medusa.data.records import Completion, Conversation, Role
 from vllm_medusa.distillation.dialogue import PromptStyle
 from vllm_medusa.distillation.manifest import Counts, Manifest
 from vllm_medusa.distillation.offline_target import OfflineTarget
+from vllm_medusa.distillation.raw_text import TextRequest, WrittenText
 from vllm_medusa.distillation.run import DistillConfig, distill
 
 TOKENS = 16
@@ -115,6 +116,22 @@ def test_each_turn_is_the_target_s_answer_to_its_own_former_ones(
             assert list(turn.completion_ids) == continuation(reference, turn.prompt_ids)
             said = chat_tokenizer.decode(turn.completion_ids, skip_special_tokens=True)
             assert record.messages[index].content == said
+
+
+def test_raw_text_goes_on_from_its_tokens_up_to_the_stop_string(
+    llm: LLM, tokenizer: PreTrainedTokenizerBase, reference: PreTrainedModel
+) -> None:
+    ids = tokenizer(PROMPTS[0])["input_ids"]
+    whole = tokenizer.decode(continuation(reference, ids))
+    stop = whole[len(whole) // 2 :][:3]
+    sampling = {"temperature": 0.0, "top_p": 1.0, "max_tokens": TOKENS, "seed": 0}
+    requests = [TextRequest(prompt_ids=tuple(ids), stop=end, **sampling) for end in ("never written", stop)]
+    finished: list[WrittenText] = []
+    texts = SharedEngineTarget(llm, tokenizer).write(requests, finished.append)
+    assert [text.text for text in texts] == [whole, whole.partition(stop)[0]]
+    assert [text.ended for text in texts] == [False, True]
+    assert texts[0].num_tokens == TOKENS > texts[1].num_tokens
+    assert sorted(map(str, finished)) == sorted(map(str, texts))
 
 
 def test_a_prompt_that_is_too_long_is_a_bad_line_and_a_later_turn_ends_its_dialogue(

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from vllm_medusa.attention import reference
 from vllm_medusa.attention.triton.ops import (
     MAX_BLOCK_ROWS,
     AttentionStep,
+    Gpu,
     LayerOptions,
     Tiling,
     Workspace,
@@ -28,8 +28,7 @@ from vllm_medusa.tree.topology import DraftTree
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 UNTOUCHED = 7.0
-MAX_REQUESTS = 8
-PROCESSORS = 8
+GPU = Gpu(processors=8, has_warpgroups=True)
 
 
 def tiling(block_rows: int = 32, tile: int = 32, splits: int = 1) -> Tiling:
@@ -145,7 +144,7 @@ class Step:
             numbers = random(2, len(slot), layer.kv_heads, layer.head_dim).to(self.cache.dtype)
             self.cache[:, page, slot % layer.block_size] = numbers
 
-    def attend(self, tiling: Tiling | None) -> None:
+    def attend(self, tiling: Tiling | None, *, contexts_apart: bool) -> None:
         layer, padding, tokens = self.layer, self.padding, len(self.query)
         bitmasks = [bitmasks_of(request.tree) for request in self.requests]
         ancestors = torch.zeros(tokens, max(mask.shape[1] for mask in bitmasks), dtype=torch.int64)
@@ -168,21 +167,44 @@ class Step:
             max_rows=max(request.rows for request in self.requests),
         )
         options = LayerOptions(layer.scale, layer.soft_cap, layer.window, self.sinks, self.query_scale, *self.scales)
-        workspace = Workspace.allocate(layer.head_dim, MAX_REQUESTS, PROCESSORS, torch.device("cpu"))
+        workspace = Workspace.allocate(layer.head_dim, layer.dtype, GPU, torch.device("cpu"))
         workspace.partial.fill_(torch.nan)
         workspace.log_total.fill_(torch.nan)
         self.output = torch.full_like(self.query, UNTOUCHED, dtype=layer.dtype)
-        tree_attention(self.query, *self.cache, self.output, step, options, workspace, tiling)
+        context_lse = self.attend_to_contexts() if contexts_apart else None
+        tree_attention(self.query, *self.cache, self.output, step, options, workspace, context_lse, tiling)
+
+    def attend_to_contexts(self) -> torch.Tensor:
+        """Write attention to the contexts into the output and return its log-sum-exp; NaN where there is no context."""
+        layer, context_lse = self.layer, torch.full(self.query.shape[1::-1], torch.nan)
+        for index, request in enumerate(self.requests):
+            rows = slice(self.start[index], self.start[index + 1])
+            key, value = (each[: request.context] for each in self.slots(index))
+            if not request.context:
+                self.output[rows] = torch.nan
+                continue
+            key, value = (each.repeat_interleave(layer.group, dim=1) for each in (key, value))
+            scores = layer.scale * torch.einsum("qhd,khd->hqk", scaled(self.query[rows], self.query_scale), key)
+            if layer.soft_cap is not None:
+                scores = layer.soft_cap * torch.tanh(scores / layer.soft_cap)
+            context_lse[:, rows] = scores.logsumexp(dim=-1).float()
+            self.output[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value).to(layer.dtype)
+        return context_lse
+
+    def slots(self, index: int) -> list[torch.Tensor]:
+        """One request's keys and values, ``[context + rows, kv_heads, head_dim]`` each, float64."""
+        request = self.requests[index]
+        slot = torch.arange(request.context + request.rows)
+        page = self.block_table[index, slot // self.layer.block_size]
+        return [
+            scaled(tensor[page, slot % self.layer.block_size], scale).nan_to_num()
+            for tensor, scale in zip(self.cache, self.scales, strict=True)
+        ]
 
     def expected(self, index: int) -> torch.Tensor:
         """One request's rows by the reference, in float64."""
         layer, request = self.layer, self.requests[index]
-        slot = torch.arange(request.context + request.rows)
-        page = self.block_table[index, slot // layer.block_size]
-        key, value = (
-            scaled(tensor[page, slot % layer.block_size], scale).nan_to_num()
-            for tensor, scale in zip(self.cache, self.scales, strict=True)
-        )
+        key, value = self.slots(index)
         query = scaled(self.query[self.start[index] : self.start[index + 1]], self.query_scale)
         ancestors, depths = request.tree.ancestors, request.tree.depths
         if self.sinks is not None:
@@ -204,8 +226,8 @@ class Step:
         )  # fmt: skip
         return attended[: request.rows]
 
-    def check(self, tiling: Tiling | None) -> None:
-        self.attend(tiling)
+    def check(self, tiling: Tiling | None, *, contexts_apart: bool = False) -> None:
+        self.attend(tiling, contexts_apart=contexts_apart)
         tolerance = TOLERANCE[self.layer.dtype]
         for index in range(len(self.requests)):
             found = self.output[self.start[index] : self.start[index + 1]].double()
@@ -245,6 +267,20 @@ def test_every_row_of_a_mixed_batch_attends_as_the_reference_says(
     Step(layer, requests, padding, seed).check(tiling)
 
 
+@settings(deterministic, max_examples=16)
+@given(
+    layers.map(lambda layer: replace(layer, window=None)),
+    st.lists(requests, min_size=1, max_size=3),
+    st.integers(0, 2),
+    tilings.map(lambda tiling: replace(tiling, splits=1)) | st.none(),
+    st.integers(0, 99),
+)
+def test_rows_whose_contexts_are_attended_to_elsewhere_attend_as_the_reference_says(
+    layer: Layer, requests: list[Request], padding: int, tiling: Tiling | None, seed: int
+) -> None:
+    Step(layer, requests, padding, seed).check(tiling, contexts_apart=True)
+
+
 def wide_tree(rows: int, branches: int) -> DraftTree:
     """A tree in which every row but the last ones has that many children."""
     return DraftTree.from_parents([-1, *((row - 1) // branches for row in range(1, rows))])
@@ -272,19 +308,15 @@ def test_large_scores_neither_overflow_nor_vanish(dtype: torch.dtype, soft_cap: 
 
 
 def test_the_workspace_holds_what_any_chosen_tiling_writes() -> None:
-    workspace = Workspace.allocate(128, 256, processors=132, device=torch.device("meta"))
+    workspace = Workspace.allocate(128, torch.bfloat16, Gpu(132, has_warpgroups=True), torch.device("meta"))
     for max_rows in (1, 2, 5, 16, 64, 200, 2048):
         for requests in (1, 3, 32, 256):
             for heads, kv_heads in ((32, 32), (32, 8), (28, 4), (8, 1)):
                 tokens = max_rows * requests
-                chosen = choose_tiling(tokens, requests, max_rows, heads, kv_heads, 128, 2, 2, workspace.programs)
+                chosen = choose_tiling(
+                    tokens, requests, max_rows, heads, kv_heads, 128, 2, 2, workspace.gpu,
+                    own_rows_only=False, bends_scores=False,
+                )  # fmt: skip
                 assert chosen.block_rows <= MAX_BLOCK_ROWS
                 if chosen.splits > 1:
                     assert tokens * heads * chosen.splits <= len(workspace.log_total)
-                    assert chosen.splits * math.ceil(tokens / chosen.block_rows) * kv_heads <= workspace.programs
-
-
-def test_more_requests_than_the_workspace_allows_are_refused() -> None:
-    step = Step(Layer(), [Request.causal(3, 1)], padding=MAX_REQUESTS)
-    with pytest.raises(ValueError, match=f"has {MAX_REQUESTS + 1} requests, its workspace allows {MAX_REQUESTS}"):
-        step.attend(tiling())

@@ -17,12 +17,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_medusa.attention import reference
-from vllm_medusa.attention.triton.backend import (
-    TreeAttentionMetadata,
-    TreeFlashAttentionMetadataBuilder,
-    TreeTritonAttentionImpl,
-    TreeTritonAttentionMetadataBuilder,
-)
+from vllm_medusa.attention.triton.backend import TreeAttentionMetadata
+from vllm_medusa.attention.triton.flash_backend import TreeFlashAttentionMetadataBuilder
+from vllm_medusa.attention.triton.triton_backend import TreeTritonAttentionImpl, TreeTritonAttentionMetadataBuilder
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees
 from vllm_medusa.tree.topology import DraftTree
@@ -39,6 +36,7 @@ def builder(kind: type = TreeTritonAttentionMetadataBuilder) -> Any:
         get_num_kv_heads=lambda parallel: KV_HEADS,
         get_head_size=lambda: HEAD_DIM,
         rswa_window=None,
+        dtype=torch.float32,
     )
     config = SimpleNamespace(
         model_config=model,

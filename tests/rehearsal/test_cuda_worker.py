@@ -92,6 +92,7 @@ def noise_between_steps(llm: LLM) -> Iterator[None]:
         for buffer in (runner._buffers.tokens, runner._buffers.parents, runner._buffers.depths):
             buffer.random_(-99, 99, generator=generator)
         runner._buffers.ancestor_bits.random_(generator=generator)
+        runner._buffers.root_positions.random_(0, 99, generator=generator)
         runner.input_buffers.input_ids.random_(0, 1024, generator=generator)
         runner.input_buffers.positions.random_(0, 512, generator=generator)
         return prepare_inputs(*args)

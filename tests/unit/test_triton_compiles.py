@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels compile for Hopper, on a machine without a GPU, and what they ask of it is there."""
+"""The Triton kernels compile for Ampere and Hopper, on a machine without a GPU, and what they ask of it is there."""
 
 from __future__ import annotations
 
@@ -21,21 +21,46 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
-from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.attention.triton.ops import (
+    WARPS_PER_PROCESSOR,
+    AttentionStep,
+    Gpu,
+    LayerOptions,
+    Workspace,
+    tree_attention,
+)
 from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 << 10
-"""Bytes that one program may have there."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor, of either architecture."""
 
-FEW_BYTES = 32
-"""Of stack: some numbers that the masks need. An accumulator that does not fit into registers is hundreds."""
 
-PROCESSORS = 132
+@dataclass(frozen=True)
+class Architecture:
+    """Attributes:
+    target: what Triton compiles for.
+    shared_memory: bytes of a multiprocessor.
+    gpu: what launches are fitted to.
+
+    """
+
+    target: GPUTarget
+    shared_memory: int
+    gpu: Gpu
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 164 << 10, Gpu(108, has_warpgroups=False)),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 228 << 10, Gpu(132, has_warpgroups=True)),
+}
+HOPPER = ARCHITECTURES["sm_90"]
+RESERVED = 1 << 10
+"""Bytes of shared memory that CUDA takes for itself, of each program's."""
+
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 POINTERS = {
     torch.float32: "*fp32",
@@ -50,6 +75,31 @@ def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return request.param
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a program of a kernel takes.
+
+    Attributes:
+        registers: of all its threads.
+        shared: bytes of shared memory.
+        stack: bytes that registers spill onto.
+
+    """
+
+    registers: int
+    shared: int
+    stack: int
+
+    def occupancy(self, architecture: Architecture) -> int:
+        """Programs that a multiprocessor works on at once."""
+        return min(REGISTERS // self.registers, architecture.shared_memory // (self.shared + RESERVED))
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch that was asked for."""
@@ -57,8 +107,8 @@ class Launch:
     kernel: JITFunction
     arguments: dict[str, Any]
 
-    def compile(self, tmp_path: Path) -> tuple[int, int]:
-        """Compile for ``HOPPER``; return the bytes of shared memory and of stack, onto which registers spill."""
+    def compile(self, architecture: Architecture, tmp_path: Path) -> Usage:
+        """Compile the kernel for this launch's arguments."""
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
@@ -72,11 +122,14 @@ class Launch:
                 if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[index,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=HOPPER, options={"num_warps": self.arguments["num_warps"]})
+        warps = self.arguments["num_warps"]
+        compiled = triton.compile(source, target=architecture.target, options={"num_warps": warps})
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True)
-        return compiled.metadata.shared, int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK"))
+        # A warp gets registers in portions of eight a thread.
+        return Usage(-(-registers // 8) * 8 * 32 * warps, compiled.metadata.shared, stack)
 
 
 @contextmanager
@@ -94,12 +147,14 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def attend(
+    architecture: Architecture,
     rows: int,
     group: int,
     head_dim: int = 128,
     requests: int = 1,
     cache_dtype: torch.dtype = torch.bfloat16,
     query_dtype: torch.dtype = torch.bfloat16,
+    contexts_apart: bool = False,
     **options: Any,
 ) -> list[Launch]:
     """Ask for the launches of a step in which every request has that many rows."""
@@ -114,7 +169,7 @@ def attend(
         depths=empty(tokens, dtype=torch.int32),
         max_rows=rows,
     )
-    workspace = Workspace.allocate(head_dim, 256, PROCESSORS, torch.device("meta"))
+    workspace = Workspace.allocate(head_dim, torch.bfloat16, architecture.gpu, torch.device("meta"))
     with launches() as noted:
         tree_attention(
             query,
@@ -123,48 +178,52 @@ def attend(
             step,
             LayerOptions(0.1, **options),
             workspace,
+            empty(heads, tokens, dtype=torch.float32) if contexts_apart else None,
         )
     return noted
 
 
-def scalar() -> torch.Tensor:
-    return empty(dtype=torch.float32)
+FP8 = {"cache_dtype": torch.float8_e4m3fn, "query_dtype": torch.float8_e4m3fn}
+SCALES = dict.fromkeys(["query_scale", "key_scale", "value_scale"], empty(8, dtype=torch.float32))
+CASES: dict[str, dict[str, Any]] = {
+    "tree": {"rows": 64, "group": 1},
+    "tree-group": {"rows": 64, "group": 4},
+    "tree-behind-context": {"rows": 64, "group": 4, "contexts_apart": True},
+    "tree-window-cap": {"rows": 64, "group": 4, "window": 4096, "soft_cap": 50.0},
+    "tree-256": {"rows": 64, "group": 2, "head_dim": 256},
+    "small-tree": {"rows": 8, "group": 4},
+    "tree-fp8-by-head": {"rows": 64, "group": 4, **FP8, **SCALES},
+    "tree-fp8-behind-context": {"rows": 64, "group": 4, "contexts_apart": True, **FP8, **SCALES},
+}
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        pytest.param({"rows": 64, "group": 1}, id="tree"),
-        pytest.param({"rows": 64, "group": 4, "window": 4096, "soft_cap": 50.0}, id="tree-window-cap"),
-        pytest.param({"rows": 64, "group": 2, "head_dim": 256}, id="tree-256"),
-        pytest.param(
-            {"rows": 1, "group": 4, "cache_dtype": torch.float8_e4m3fn, "key_scale": scalar(), "value_scale": scalar()},
-            id="plain-fp8",
-        ),
-        pytest.param(
-            {
-                **{"rows": 64, "group": 4, "cache_dtype": torch.float8_e4m3fn, "query_dtype": torch.float8_e4m3fn},
-                **dict.fromkeys(["query_scale", "key_scale", "value_scale"], empty(8, dtype=torch.float32)),
-            },
-            id="tree-fp8-by-head",
-        ),
-    ],
-)
-def test_attention_fits_into_registers_and_leaves_shared_memory_for_a_second_program(
-    asked: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("asked", CASES.values(), ids=CASES)
+def test_attention_stays_in_registers_and_as_many_programs_run_at_once_as_slots_are_split_for(
+    asked: dict[str, Any], architecture: Architecture, tmp_path: Path
 ) -> None:
-    attention, merge = attend(**asked)
-    shared, stack = attention.compile(tmp_path)
-    assert 2 * shared <= SHARED_MEMORY
-    assert stack <= FEW_BYTES
-    assert merge.compile(tmp_path)[1] == 0
+    if ("cache_dtype" in asked or "contexts_apart" in asked) and architecture is not HOPPER:
+        pytest.skip("Ampere has no eight-bit floats, and no FlashAttention 3 for the contexts")
+    attention, *merge = attend(architecture, **asked)
+    usage = attention.compile(architecture, tmp_path)
+    assert usage.stack == 0
+    assert usage.occupancy(architecture) >= WARPS_PER_PROCESSOR // attention.arguments["num_warps"]
+    assert all(launch.compile(architecture, tmp_path).stack == 0 for launch in merge)
 
 
-def test_a_batch_that_keeps_the_device_busy_by_itself_is_one_launch() -> None:
-    assert len(attend(rows=64, group=4, requests=32)) == 1
+def test_slots_are_split_for_one_wave_of_programs(architecture: Architecture) -> None:
+    for asked in CASES.values():
+        attention, *merge = attend(architecture, **asked)
+        at_once = architecture.gpu.processors * WARPS_PER_PROCESSOR // attention.arguments["num_warps"]
+        blocks = -(-asked["rows"] * asked["group"] // attention.arguments["block_rows"])
+        assert attention.arguments["splits"] * blocks * 8 <= at_once
+        assert bool(merge) == (attention.arguments["splits"] > 1) == ("contexts_apart" not in asked)
 
 
-def test_the_trees_the_walk_and_the_commit_are_one_launch_each(tmp_path: Path) -> None:
+def test_a_batch_that_keeps_the_device_busy_by_itself_is_one_launch(architecture: Architecture) -> None:
+    assert len(attend(architecture, rows=64, group=4, requests=32)) == 1
+
+
+def test_the_trees_the_walk_and_the_commit_are_one_launch_each(architecture: Architecture, tmp_path: Path) -> None:
     buffers = StepTrees.allocate(31, 2, 80, torch.device("meta"))
     table = CacheTable(empty(32), empty(99, 16, 8, 64))
     with launches() as noted:
@@ -175,4 +234,4 @@ def test_the_trees_the_walk_and_the_commit_are_one_launch_each(tmp_path: Path) -
         move_accepted(table, trees, accepted, empty(80))
     assert len(noted) == 3
     for launch in noted:
-        assert launch.compile(tmp_path)[1] == 0
+        assert launch.compile(architecture, tmp_path).stack == 0

@@ -9,10 +9,12 @@ from vllm_medusa.cli.convert import convert
 from vllm_medusa.cli.demo import demo
 from vllm_medusa.cli.distill import distill
 from vllm_medusa.cli.eval import evaluate
+from vllm_medusa.cli.fetch_demo import fetch_demo
 from vllm_medusa.cli.train import train
 
 app = typer.Typer(name="vllm-medusa", no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(demo)
+app.command("fetch-demo")(fetch_demo)
 app.command()(train)
 app.command()(convert)
 app.command()(distill)

@@ -14,19 +14,20 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 
-def with_options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of a model.
+def with_options_of(*models: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of models.
 
-    The command's parameter ``settings`` gets the options that were given, by field name and as typed; the model parses
-    and validates them. An option for a field of several values may be repeated.
+    The command's parameter ``settings`` gets the options that were given, by field name and as typed; the models parse
+    and validate them. An option for a field of several values may be repeated.
     """
+    fields = {name: field for model in models for name, field in model.model_fields.items()}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
-        options = [_option(name, field) for name, field in model.model_fields.items()]
+        options = [_option(name, field) for name, field in fields.items()]
 
         def run(**values: Any) -> None:
-            settings = {name: values.pop(name) for name in model.model_fields}
+            settings = {name: values.pop(name) for name in fields}
             command(**values, settings={name: value for name, value in settings.items() if value not in (None, [])})
 
         run.__name__ = command.__name__
@@ -37,6 +38,11 @@ def with_options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], C
         return run
 
     return decorate
+
+
+def settings_of(model: type[BaseModel], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are fields of a model."""
+    return {name: value for name, value in settings.items() if name in model.model_fields}
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:

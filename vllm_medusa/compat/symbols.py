@@ -114,6 +114,12 @@ SIGNATURES: Final = {
     f"{LOGITS_PROCESSOR}.get_top_k_tokens": "self, lm_head, hidden_states, k, embedding_bias, return_log_probs",
     "vllm.model_executor.models.registry:_ModelRegistry.register_model": "self, model_arch, model_cls",
     "vllm.v1.attention.backends.registry:register_backend": "backend, class_path, is_mamba",
+    "vllm.vllm_flash_attn.flash_attn_interface:get_scheduler_metadata": (
+        "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype, "
+        "headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new, causal, window_size, "
+        "has_softcap, num_splits, pack_gqa, sm_margin"
+    ),
+    "vllm.utils.torch_utils:canonicalize_singleton_dim_strides": "t",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.clear_override": "self",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_path": "self, include_classname",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden": "self",
@@ -157,6 +163,7 @@ FIELDS: Final = {
     "vllm.config.parallel:ParallelConfig": (
         "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"
     ),
+    "vllm.config.attention:AttentionConfig": "flash_attn_max_num_splits_for_cuda_graph",
     "vllm.config.cache:CacheConfig": "cache_dtype kv_sharing_fast_prefill",
     "vllm.config.vllm:VllmConfig": (
         "speculative_config kv_transfer_config cache_config parallel_config compilation_config scheduler_config "
@@ -178,7 +185,11 @@ FIELDS: Final = {
         "org_vocab_start_index org_vocab_end_index num_org_vocab_padding"
     ),
     f"{FLASH_ATTENTION}:FlashAttentionImpl": (
-        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window"
+        "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap num_kv_heads scale sinks sliding_window "
+        "supports_quant_query_input vllm_flash_attn_version"
+    ),
+    f"{FLASH_ATTENTION}:FlashAttentionMetadataBuilder": (
+        "attention_config block_size cache_config headdim kv_cache_dtype num_heads_kv num_heads_q"
     ),
     f"{TRITON_ATTENTION}:TritonAttentionImpl": (
         "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback"
@@ -223,6 +234,8 @@ NAMES: Final = {
     "vllm.v1.worker.gpu.model_runner": "init_speculator",
     "vllm.v1.attention.selector": "_cached_get_attn_backend",
     "vllm.v1.sample.logits_processor": "LogitBiasLogitsProcessor MinTokensLogitsProcessor LogitsProcessor",
+    "vllm.vllm_flash_attn.flash_attn_interface": "flash_attn_varlen_func",
+    "vllm.v1.attention.backends.flash_attn": "flash_attn_varlen_func get_scheduler_metadata",
     "vllm.v1.worker.cpu_worker": "CPUModelRunner",
     "vllm.v1.worker.cpu.model_runner": "CPUModelRunner",
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -17,6 +19,26 @@ if TYPE_CHECKING:
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag that ``transformers`` looks for in a template that marks the assistant's tokens."""
+
+STAND_INS = ("What is it?", "Explain that.", "1 + 1")
+"""Messages that are rendered to see what a template puts around them; they begin with different tokens."""
+
+
+@dataclass(frozen=True)
+class UserTurn:
+    """What a chat template puts around what the user says in the first turn.
+
+    Attributes:
+        opening_ids: the tokens before it, with a default system message if the template has one. A space at the end is
+            left out where it would become part of the first word.
+        end: the string that ends it.
+        special_tokens: the tokenizer's special tokens, which no user writes.
+
+    """
+
+    opening_ids: tuple[int, ...]
+    end: str
+    special_tokens: tuple[str, ...]
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,6 +59,33 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     """
     require_chat_template(tokenizer)
     return _render(tokenizer, messages, add_generation_prompt=True)["input_ids"]
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
+    """Return what the chat template puts around the user's first turn.
+
+    Raises:
+        ValueError: there is no chat template, or it opens or ends no user turn.
+
+    """
+    require_chat_template(tokenizer)
+    messages = [Message(role=Role.USER, content=STAND_INS[0])]
+    opening, _, end = _render_text(tokenizer, messages).partition(STAND_INS[0])
+    if not end.strip():
+        end = _render_text(tokenizer, messages, add_generation_prompt=True).partition(STAND_INS[0])[2]
+    for part, verb in ((opening.removeprefix(tokenizer.bos_token or ""), "opens"), (end, "ends")):
+        if not part.strip():
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path!r} {verb} no user turn, so the model cannot write what "
+                "a user says; give prompts instead of --self-prompts"
+            )
+    beginnings = [tokenizer(opening + said, add_special_tokens=False)["input_ids"] for said in STAND_INS]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return UserTurn(
+        opening_ids=_common_prefix(beginnings),
+        end=end.strip(),
+        special_tokens=tuple(sorted(special)),
+    )
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sample:
@@ -84,9 +133,21 @@ def _mask_by_prefixes(
     return mask
 
 
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
+
+
+def _render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    return _apply(tokenizer, messages, tokenize=False, **options)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+    return _apply(tokenizer, messages, tokenize=True, return_dict=True, **options)
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
     plain = [{"role": message.role.value, "content": message.content} for message in messages]
     try:
-        return tokenizer.apply_chat_template(plain, tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(plain, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from None

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ Serve = Callable[..., None]
 class Contender:
     """A process that runs an engine.
 
-    All contenders are forked from one process that has imported vLLM, so they start fast and have the same libraries.
+    By default all are forked from one process that has imported vLLM, so they start fast and have the same libraries.
 
     Args:
         name: the name in error messages.
@@ -27,16 +28,28 @@ class Contender:
         arguments: further arguments of ``serve``.
         environment: additional environment variables.
         log: the file for its output.
+        forked: whether to fork it. CUDA, and Triton's interpreter, need a process that begins anew.
 
     """
 
     def __init__(
-        self, name: str, serve: Serve, arguments: tuple[Any, ...], environment: Mapping[str, str], log: Path
+        self,
+        name: str,
+        serve: Serve,
+        arguments: tuple[Any, ...],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        forked: bool = True,
     ) -> None:
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["vllm_medusa.demo.preload"])
+        context: ForkServerContext | SpawnContext
+        if forked:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["vllm_medusa.demo.preload"])
+        else:
+            context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
             target=_run, args=(theirs, serve, arguments, dict(environment), log), name=name, daemon=True

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from vllm_medusa.data.prompts import Prompt
 from vllm_medusa.data.record_files import BadLineCounter, Source
 from vllm_medusa.data.records import Completion, Conversation, Message, Role, TurnTokens
+from vllm_medusa.distillation.raw_text import OnText, TextRequest, WrittenText
 
 
 class PromptStyle(StrEnum):
@@ -30,6 +31,12 @@ class TurnSampling:
     temperature: float
     max_tokens: int
     seed: int
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """Return a seed of 31 bits for what ``name`` names in a run of this seed."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,8 @@ class Sampling:
 
     def of_turn(self, dialogue: int, turn: int) -> TurnSampling:
         """Return the parameters of one answer; dialogues and turns are counted from 0."""
-        temperature = self.temperatures[self._draw(f"{dialogue}") % len(self.temperatures)]
-        return TurnSampling(temperature, self.max_tokens, self._draw(f"{dialogue}/{turn}"))
-
-    def _draw(self, name: str) -> int:
-        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
+        temperature = self.temperatures[derived_seed(self.seed, f"{dialogue}") % len(self.temperatures)]
+        return TurnSampling(temperature, self.max_tokens, derived_seed(self.seed, f"{dialogue}/{turn}"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ OnAnswer = Callable[[Dialogue, Answer], None]
 
 
 class Target(Protocol):
-    """The model that answers."""
+    """The model that answers, and may write prompts too."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -178,3 +181,6 @@ class Target(Protocol):
 
     def converse(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
         """Answer until no dialogue is open; raises as ``running``."""
+
+    def write(self, requests: Sequence[TextRequest], on_text: OnText) -> list[WrittenText]:
+        """Write one text for each request; raises as ``running``."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from vllm_medusa.files import replaced_file
+from vllm_medusa.files import replaced_file, sha256_of
 from vllm_medusa.versions import installed_versions
 
 MANIFEST_FILE = "manifest.json"
@@ -115,8 +114,3 @@ class Manifest(BaseModel):
                 f"{directory} was begun with the input files {there} (SHA-256), now they are {here}; "
                 "give those files as they were, or another directory"
             )
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

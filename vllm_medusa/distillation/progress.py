@@ -21,6 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from vllm_medusa.distillation.dialogue import Answer, Dialogue
+    from vllm_medusa.distillation.raw_text import WrittenText
 
 
 class TokenRateColumn(TextColumn):
@@ -41,6 +42,11 @@ class GenerationProgress:
         """Count an answer's tokens, and the dialogue if it has ended."""
         self._tokens += answer.num_tokens
         self._progress.update(self._task, advance=0 if dialogue.is_open else 1, tokens=self._tokens)
+
+    def wrote(self, text: WrittenText) -> None:
+        """Count the tokens of a text outside of dialogues."""
+        self._tokens += text.num_tokens
+        self._progress.update(self._task, tokens=self._tokens)
 
     def reach(self, prompts: int) -> None:
         """Show the first ``prompts`` prompts as done; an earlier run may have done them."""

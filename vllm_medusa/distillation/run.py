@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, Source, without_directories
 from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling, Target
-from vllm_medusa.distillation.manifest import Counts, Manifest, sha256_of
+from vllm_medusa.distillation.manifest import Counts, Manifest
 from vllm_medusa.distillation.progress import generation_progress
-from vllm_medusa.files import replaced_file
+from vllm_medusa.distillation.self_prompts import PROMPTS_DIRECTORY, SelfPrompts
+from vllm_medusa.files import replaced_file, sha256_of
 
 
 class DistillConfig(BaseModel):
@@ -56,6 +57,7 @@ def distill(
     bad_lines: BadLineCounter,
     command: Sequence[str] = (),
     show_progress: bool = True,
+    self_prompts: SelfPrompts | None = None,
 ) -> Manifest:
     """Let a target answer prompts, and write records that ``load_blocks`` reads.
 
@@ -64,13 +66,14 @@ def distill(
     finished shards. If the target is deterministic, the files are those of an uninterrupted run.
 
     Args:
-        files: prompts, as ``read_prompts`` reads them.
+        files: prompts, as ``read_prompts`` reads them; none with ``self_prompts``.
         output: a directory that is new, empty, or of an interrupted run.
         config: the settings; the default style is chat.
         target: the model.
         bad_lines: refuses or counts lines without a prompt, and prompts that the target refuses.
         command: kept in the manifest.
         show_progress: whether to draw a progress bar.
+        self_prompts: lets the target write the prompts too, into files in ``output / "prompts"``, as they are needed.
 
     Returns:
         The manifest of the finished set.
@@ -81,19 +84,24 @@ def distill(
         OSError: a file cannot be read or written, or the target cannot be reached.
 
     """
-    files = without_directories(files)
-    num_prompts = sum(1 for _ in read_prompts(files, bad_lines))  # Checks all lines before the model is loaded.
-    if num_prompts == 0:
-        reason = f": {bad_lines.first}" if bad_lines.first else ""
-        raise ValueError(f"no prompts in {', '.join(map(str, files)) or 'no files'}{reason}")
     settings = {**config.model_dump(mode="json"), **target.settings}
+    if self_prompts is None:
+        files = without_directories(files)
+        num_prompts = _count_prompts(files, bad_lines)  # Checks all lines before the model is loaded.
+    else:
+        num_prompts = self_prompts.config.self_prompts
+        settings |= self_prompts.config.model_dump(mode="json")
     manifest = Manifest.of_run(settings, files, command).begin_in(output)
     if manifest.finished:
         return manifest
     shards = [shard_path(output, number) for number in range(math.ceil(num_prompts / config.shard_size))]
     engine = nullcontext() if all(shard.exists() for shard in shards) else target.running()
     with engine, generation_progress("Prompts", num_prompts, show_progress) as progress:
-        for shard, (first, group) in zip(shards, _groups(files, config.shard_size), strict=True):
+        sources: Iterable[Path] = files
+        if self_prompts is not None:
+            directory = output / PROMPTS_DIRECTORY
+            sources = self_prompts.write(directory, target, config.seed, config.shard_size, progress.wrote)
+        for shard, (first, group) in zip(shards, _groups(sources, config.shard_size), strict=True):
             if not shard.exists():
                 dialogues = [
                     Dialogue(source, number, prompt, config.style or PromptStyle.CHAT, config.sampling, bad_lines)
@@ -113,13 +121,22 @@ def distill(
     return finished
 
 
+def _count_prompts(files: Sequence[Path], bad_lines: BadLineCounter) -> int:
+    num_prompts = sum(1 for _ in read_prompts(files, bad_lines))
+    if num_prompts == 0:
+        reason = f": {bad_lines.first}" if bad_lines.first else ""
+        raise ValueError(f"no prompts in {', '.join(map(str, files)) or 'no files'}{reason}")
+    return num_prompts
+
+
 def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.jsonl"
 
 
-def _groups(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Prompt]]]]:
+def _groups(files: Iterable[Path], size: int) -> Iterator[tuple[int, list[tuple[Source, Prompt]]]]:
     """Yield groups of ``size`` prompts and the number of each group's first prompt."""
-    prompts = read_prompts(files, BadLineCounter(BadLines.SKIP))  # The caller has refused or counted bad lines.
+    counted = BadLineCounter(BadLines.SKIP)  # The caller has refused or counted bad lines.
+    prompts = chain.from_iterable(read_prompts([file], counted) for file in files)
     first = 0
     while group := list(islice(prompts, size)):
         yield first, group

@@ -14,6 +14,7 @@ import openai
 
 from vllm_medusa.data.records import TurnTokens
 from vllm_medusa.distillation.dialogue import Answer, Dialogue, OnAnswer, PromptStyle
+from vllm_medusa.distillation.raw_text import OnText, TextRequest, WrittenText
 
 RETRIES = 5
 """Retries of a request if the server is busy or does not answer, with exponential backoff."""
@@ -50,6 +51,35 @@ class ServedTarget:
     def converse(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
         with self._explained_errors():
             asyncio.run(self._converse_with_all(dialogues, on_answer))
+
+    def write(self, requests: Sequence[TextRequest], on_text: OnText) -> list[WrittenText]:
+        with self._explained_errors():
+            return asyncio.run(self._write_all(requests, on_text))
+
+    async def _write_all(self, requests: Sequence[TextRequest], on_text: OnText) -> list[WrittenText]:
+        slots = asyncio.Semaphore(self.concurrency)
+        async with openai.AsyncOpenAI(base_url=self.url, api_key=_key(), max_retries=RETRIES) as client:
+            return await asyncio.gather(*(self._write(client, slots, request, on_text) for request in requests))
+
+    async def _write(
+        self, client: openai.AsyncOpenAI, slots: asyncio.Semaphore, request: TextRequest, on_text: OnText
+    ) -> WrittenText:
+        """Request the completion of token ids, since the server would put a second beginning before text."""
+        async with slots:
+            completion = await client.completions.create(
+                model=self.model,
+                prompt=list(request.prompt_ids),
+                stop=request.stop,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                extra_body={"skip_special_tokens": False},
+            )
+        choice, usage = completion.choices[0], completion.usage
+        text = WrittenText(choice.text, usage.completion_tokens if usage else 0, choice.finish_reason == "stop")
+        on_text(text)
+        return text
 
     async def _converse_with_all(self, dialogues: Sequence[Dialogue], on_answer: OnAnswer) -> None:
         slots = asyncio.Semaphore(self.concurrency)

@@ -56,6 +56,7 @@ def derive_trees_on_device(
         positions,
         buffers.tokens,
         buffers.parents,
+        buffers.root_positions,
         buffers.depths,
         buffers.ancestor_bits,
         max_depth,
@@ -86,6 +87,7 @@ def _derive_kernel(
     positions_ptr: tl.tensor,  # [num_tokens]
     tokens_ptr: tl.tensor,  # [num_rows]
     parents_ptr: tl.tensor,  # [num_rows]
+    root_positions_ptr: tl.tensor,  # [num_reqs]
     depths_ptr: tl.tensor,  # [num_tokens]
     ancestor_bits_ptr: tl.tensor,  # [num_tokens, words]
     max_depth: tl.tensor,
@@ -127,6 +129,7 @@ def _derive_kernel(
     tl.store(depths_ptr + token, depth, mask=is_row)
     position = tl.load(positions_ptr + token, mask=is_row, other=0)
     tl.store(positions_ptr + token, position + depth - row, mask=is_row)
+    tl.store(root_positions_ptr + request + row, position.to(tl.int32), mask=row == 0)
 
     first_token = tl.load(query_start_loc_ptr + request).to(tl.int64)
     if first_token < tl.load(logits_indices_ptr + root):

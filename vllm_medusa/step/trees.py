@@ -31,6 +31,8 @@ class StepTrees:
         logits_indices: ``[num_rows]``, int: each row's index among the step's tokens.
         tokens: ``[num_rows]``, int64: the token ids; ``NO_TOKEN`` where the scheduler has padded a draft.
         parents: ``[num_rows]``, int64: the parent's index among all rows; ``ROOT`` for roots.
+        root_positions: ``[num_reqs]`` or longer, int32: the position of each request's root; where it has a draft,
+            the length of its context.
         depths: ``[num_tokens]``, int64: edges between a row's token and its root; of no meaning for other tokens.
         ancestor_bits: ``[num_tokens, num_words]``, int64, contiguous: bit ``j % 63`` of word ``j // 63`` is set where
             the token may attend to row j of its request. A request whose first token has ``CAUSAL`` is causal.
@@ -43,6 +45,7 @@ class StepTrees:
     logits_indices: torch.Tensor
     tokens: torch.Tensor
     parents: torch.Tensor
+    root_positions: torch.Tensor
     depths: torch.Tensor
     ancestor_bits: torch.Tensor
     max_depth: int
@@ -89,6 +92,7 @@ class StepTrees:
             logits_indices=self.logits_indices[first_row:last_row],
             tokens=self.tokens[first_row:last_row],
             parents=(self.parents[first_row:last_row] - first_row).clamp(min=ROOT),
+            root_positions=self.root_positions[start:end],
         )
 
     @classmethod
@@ -112,6 +116,7 @@ class StepTrees:
             logits_indices=zeros(0),
             tokens=zeros(max_num_rows),
             parents=zeros(max_num_rows),
+            root_positions=zeros(max_num_reqs).int(),
             depths=zeros(max_num_tokens),
             ancestor_bits=zeros(max_num_tokens, num_words(num_nodes)).fill_(CAUSAL),
             max_depth=0,
@@ -183,6 +188,7 @@ def derive_trees(
         logits_indices=logits_indices,
         tokens=torch.from_numpy(tokens),
         parents=torch.from_numpy(tree_parents),
+        root_positions=torch.from_numpy(positions.numpy()[rows[first[:-1]]].astype(np.int32)),
         depths=torch.from_numpy(token_depths),
         ancestor_bits=torch.from_numpy(token_words),
         max_depth=max_depth,

@@ -39,6 +39,22 @@ def test_wrong_settings_are_refused_in_one_line(prompts: Path, tmp_path: Path):
     assert not (tmp_path / "set").exists()
 
 
+def test_prompts_come_from_files_or_from_the_target(prompts: Path, tmp_path: Path):
+    train_tokenizer(["text"], vocab_size=300).save_pretrained(tmp_path / "model")
+    options = ("--output", tmp_path / "set", "--model", tmp_path / "model")
+    own = (*options, "--self-prompts", 8)
+    assert refusal(*options) == "there are no prompts: give files, or --self-prompts N"
+    assert refusal(prompts, *own) == f"both {prompts} and --self-prompts are given; give one of them"
+    assert refusal(prompts, *options, "--prompt-top-p", 0.5).startswith(
+        "prompt-top-p is about the target's own prompts"
+    )
+    assert refusal(*own, "--style", "completion").startswith("self-prompts are a chat model's user turns")
+    assert refusal(*own, "--prompt-top-p", 2).startswith("prompt_top_p")
+    assert "has no chat template" in refusal(*own)
+    assert "give its directory as --tokenizer" in refusal(*own[:2], "--model", "m", "--self-prompts", 8, "--url", "u")
+    assert not (tmp_path / "set").exists()
+
+
 def test_a_line_without_a_prompt_is_refused_before_a_model_is_loaded(tmp_path: Path):
     train_tokenizer(["text"], vocab_size=300).save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tests.unit.strategies import deterministic
-from vllm_medusa.data.chat import encode_conversation, encode_prompt
+from vllm_medusa.data.chat import encode_conversation, encode_prompt, user_turn
 from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.data.records import Message, Role
 from vllm_medusa.demo.tokenizer import train_tokenizer
@@ -76,7 +76,12 @@ TURNS = ("What is a tree?", "A graph without cycles.", "And a forest?\n", "Trees
 
 @pytest.fixture(scope="module")
 def vocabulary() -> PreTrainedTokenizerFast:
-    texts = [SYSTEM, *TURNS, "user assistant system USER: ASSISTANT: [INST] [/INST] <<SYS>> <</SYS>>"] * 3
+    texts = [
+        SYSTEM,
+        *TURNS,
+        "[INST] What USER: Explain",
+        "user assistant system USER: ASSISTANT: [INST] [/INST] <<SYS>> <</SYS>>",
+    ] * 3
     tokenizer = train_tokenizer(texts, vocab_size=400)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return tokenizer
@@ -206,3 +211,37 @@ def test_a_template_whose_prompt_the_answer_does_not_continue_is_refused(vocabul
 def test_a_template_that_marks_nothing_is_refused(vocabulary: PreTrainedTokenizerFast):
     empty = Template(CHATML.jinja + "{% generation %}{% endgeneration %}", "<|im_end|>")
     refused(using(vocabulary, empty), conversation(), "marks nothing")
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "end"),
+    [
+        (CHATML, "<|im_start|>user\n", "<|im_end|>"),
+        (LLAMA_2, "<s>[INST]", "[/INST]"),
+        (VICUNA, "<s>USER:", "ASSISTANT:"),
+    ],
+    ids=["ChatML", "Llama 2", "Vicuna"],
+)
+def test_what_stands_around_a_user_turn_is_found(
+    vocabulary: PreTrainedTokenizerFast, template: Template, opening: str, end: str
+):
+    turn = user_turn(using(vocabulary, template))
+    assert vocabulary.decode(turn.opening_ids) == opening
+    assert turn.end == end
+    assert set(turn.special_tokens) == {"<s>", "</s>", "<|im_start|>", "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reason"),
+    [
+        (
+            "{{ bos_token }}{{ messages[0]['content'] }}</s>",
+            "opens no user turn, so the model cannot write what a user says",
+        ),
+        ("{{ bos_token }}Q: {{ messages[0]['content'] }}", "ends no user turn"),
+        ("{{ bos_token }}nothing of what is said", "ends no user turn"),
+    ],
+)
+def test_a_template_around_no_user_turn_is_refused(vocabulary: PreTrainedTokenizerFast, jinja: str, reason: str):
+    with pytest.raises(ValueError, match=reason):
+        user_turn(using(vocabulary, Template(jinja, "")))

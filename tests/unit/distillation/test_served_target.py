@@ -14,6 +14,7 @@ from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines
 from vllm_medusa.data.records import Completion, Conversation, TurnTokens
 from vllm_medusa.distillation import served_target
 from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling
+from vllm_medusa.distillation.raw_text import TextRequest, WrittenText
 from vllm_medusa.distillation.served_target import ServedTarget
 
 SAMPLING = Sampling((0.5,), 8, seed=3)
@@ -71,6 +72,27 @@ def test_a_prompt_is_continued_where_that_is_asked_for():
     tokens = (TurnTokens(prompt_ids=(1,), completion_ids=(3, 4)),)
     assert talk.record() == Completion(prompt="a", completion=" A", tokens=tokens)
     assert script.requests[0]["prompt"] == "a"
+
+
+def test_raw_text_is_asked_for_by_tokens():
+    told = TEXT | {"choices": [TEXT["choices"][0] | {"finish_reason": "length"}]}
+    request = TextRequest(prompt_ids=(1, 2), stop="<|end|>", temperature=1.0, top_p=0.9, max_tokens=8, seed=5)
+    written: list[WrittenText] = []
+    for answer, ended in ((TEXT, True), (told, False)):
+        with serve(completions=(200, answer)) as (url, script):
+            [text] = ServedTarget(url, "tiny", concurrency=2).write([request], written.append)
+        assert text == WrittenText(" A", 2, ended)
+        [body] = script.requests
+        assert (body["prompt"], body["stop"], body["skip_special_tokens"]) == ([1, 2], "<|end|>", False)
+        assert (body["temperature"], body["top_p"], body["max_tokens"], body["seed"]) == (1.0, 0.9, 8, 5)
+    assert len(written) == 2
+
+
+def test_a_server_that_completes_no_raw_text_is_named():
+    request = TextRequest(prompt_ids=(1, 2), stop="<|end|>", temperature=1.0, top_p=0.9, max_tokens=8, seed=5)
+    refused = (404, {"error": {"message": "no such path"}})
+    with serve(completions=refused) as (url, _), pytest.raises(ValueError, match=f"{url} refuses .*: no such path"):
+        ServedTarget(url, "tiny", concurrency=2).write([request], lambda text: None)
 
 
 def test_a_prompt_that_the_server_refuses_is_a_bad_line():

@@ -28,6 +28,7 @@ def test_rows_lie_request_by_request_with_the_parents_and_depths_of_their_tree(s
     for index, request in enumerate(step.requests):
         first = row
         assert found.roots[index] == first
+        assert found.root_positions[index] == request.context
         for local, token in enumerate(step.tokens_of(index)):
             parent = int(request.tree.parents[local])
             assert found.parents[row] == (first + parent if local else -1)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention for GPUs: vLLM's own backends, with a kernel of ours for requests that verify a draft."""
+"""What the tree backends for GPUs share: requests that verify a draft go to our kernel, the others to vLLM's own."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,32 +11,11 @@ import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadataBuilder,
-)
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_medusa.attention.metadata import TreeBackendMixin, TreeMetadataBuilder
-from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
-from vllm_medusa.compat.backends import overridden
-
-
-def tree_attention_selected() -> AbstractContextManager[None]:
-    """Make layers that are constructed in this context use the tree form of the backend that vLLM selects."""
-    return overridden(
-        {
-            AttentionBackendEnum.FLASH_ATTN: TreeFlashAttentionBackend,
-            AttentionBackendEnum.TRITON_ATTN: TreeTritonAttentionBackend,
-        }
-    )
+from vllm_medusa.attention.metadata import TreeMetadataBuilder
+from vllm_medusa.attention.triton.ops import AttentionStep, Gpu, LayerOptions, Workspace, tree_attention
+from vllm_medusa.step.trees import StepTrees
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +27,7 @@ class TreeAttentionMetadata:
         num_tokens: how many these are.
         workspace: what the kernel writes in between.
         native: vLLM's metadata for the other tokens; None if there are none.
+        contexts: how the backend attends to the first tokens' contexts by itself; None if it leaves them to our kernel.
 
     """
 
@@ -56,6 +35,7 @@ class TreeAttentionMetadata:
     num_tokens: int
     workspace: Workspace
     native: Any | None
+    contexts: Any | None
 
 
 class TreeBuilderMixin(TreeMetadataBuilder):
@@ -70,10 +50,8 @@ class TreeBuilderMixin(TreeMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self._max_rows = vllm_config.num_speculative_tokens + 1
-        # Any other device is Triton's interpreter, which runs one program after the other.
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self._workspace = Workspace.allocate(kv_cache_spec.head_size, max_num_reqs, processors, device)
+        dtype = vllm_config.model_config.dtype
+        self._workspace = Workspace.allocate(kv_cache_spec.head_size, dtype, Gpu.of(device), device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
@@ -95,10 +73,12 @@ class TreeBuilderMixin(TreeMetadataBuilder):
         requests = trees.num_drafting_reqs
         start = common.query_start_loc_cpu.numpy()
         tokens, total = int(start[requests]), int(start[common.num_reqs])
-        native = None
-        if tokens < total:
-            native = super().build(0, _behind(common, requests, tokens), fast_build)  # type: ignore[misc]
-        return self._ours(common, requests, tokens, int(np.diff(start[: requests + 1]).max()), native)
+        max_rows = int(np.diff(start[: requests + 1]).max())
+        if tokens == total:
+            # With the padding, for which a captured graph has been given its sizes.
+            return self._ours(common, common.num_reqs, common.num_actual_tokens, max_rows, native=None)
+        native = super().build(0, _behind(common, requests, tokens), fast_build)  # type: ignore[misc]
+        return self._ours(common, requests, tokens, max_rows, native)
 
     def _ours(
         self, common: CommonAttentionMetadata, requests: int, tokens: int, max_rows: int, native: Any | None
@@ -112,7 +92,12 @@ class TreeBuilderMixin(TreeMetadataBuilder):
             depths=self.trees.depths[:tokens],
             max_rows=max_rows,
         )
-        return TreeAttentionMetadata(step, tokens, self._workspace, native)
+        contexts = self._plan_contexts(step, self.trees, common.max_seq_len)
+        return TreeAttentionMetadata(step, tokens, self._workspace, native, contexts)
+
+    def _plan_contexts(self, step: AttentionStep, trees: StepTrees, max_seq_len: int) -> Any | None:
+        """Prepare what the implementation's ``_attend_contexts`` needs; by default it does nothing."""
+        return None
 
 
 class TreeImplMixin:
@@ -174,8 +159,22 @@ class TreeImplMixin:
         key_cache, value_cache = self._caches(kv_cache)
         if self._options is None:
             self._options = self._layer_options(layer, query.dtype)
-        tree_attention(query[:first], key_cache, value_cache, output[:first], own.step, self._options, own.workspace)
+        ours, result = query[:first], output[:first]
+        context_lse = self._attend_contexts(layer, ours, key_cache, value_cache, result, own)
+        tree_attention(ours, key_cache, value_cache, result, own.step, self._options, own.workspace, context_lse)
         return output
+
+    def _attend_contexts(
+        self,
+        layer: Any,
+        query: torch.Tensor,  # [num_tokens, heads, head_dim]
+        key_cache: torch.Tensor,  # [blocks, block_size, kv_heads, head_dim]
+        value_cache: torch.Tensor,  # [blocks, block_size, kv_heads, head_dim]
+        output: torch.Tensor,  # [num_tokens, heads, head_dim]
+        metadata: TreeAttentionMetadata,
+    ) -> torch.Tensor | None:  # [heads, num_tokens], float32
+        """Attend from the rows of trees to their contexts, into ``output``; return ``tree_attention``'s context_lse."""
+        return None
 
     def _caches(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """View a cache as keys and values, ``[blocks, block_size, kv_heads, head_dim]`` each."""
@@ -197,34 +196,6 @@ class TreeImplMixin:
             key_scale=layer._k_scale if is_quantised else None,
             value_scale=layer._v_scale if is_quantised else None,
         )
-
-
-class TreeFlashAttentionMetadataBuilder(TreeBuilderMixin, TreeMetadataBuilder, FlashAttentionMetadataBuilder):
-    """FlashAttention's builder with tree masks."""
-
-
-class TreeFlashAttentionImpl(TreeImplMixin, FlashAttentionImpl):
-    """FlashAttention for prompts and plain decodes."""
-
-
-class TreeFlashAttentionBackend(TreeBackendMixin, FlashAttentionBackend):
-    """FlashAttention with tree masks."""
-
-    tree_impl, tree_builder = TreeFlashAttentionImpl, TreeFlashAttentionMetadataBuilder
-
-
-class TreeTritonAttentionMetadataBuilder(TreeBuilderMixin, TreeMetadataBuilder, TritonAttentionMetadataBuilder):
-    """The builder of vLLM's Triton backend with tree masks."""
-
-
-class TreeTritonAttentionImpl(TreeImplMixin, TritonAttentionImpl):
-    """vLLM's Triton attention for prompts and plain decodes."""
-
-
-class TreeTritonAttentionBackend(TreeBackendMixin, TritonAttentionBackend):
-    """vLLM's Triton backend with tree masks."""
-
-    tree_impl, tree_builder = TreeTritonAttentionImpl, TreeTritonAttentionMetadataBuilder
 
 
 def _behind(common: CommonAttentionMetadata, requests: int, tokens: int) -> CommonAttentionMetadata:

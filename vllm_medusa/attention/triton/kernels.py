@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tree attention over the paged KV cache as Triton kernels; ``triton_ops`` launches them.
+"""Tree attention over the paged KV cache as Triton kernels; ``ops`` launches them.
 
 The algorithm is FlashAttention-2's online softmax with Flash-Decoding's split of the keys. A program attends from some
 rows of one request, with all query heads that share a KV head, to one stretch of the request's slots; where slots are
-split, a second kernel merges the stretches. Scores are in log2 units, so that ``exp2`` serves.
+split, a second kernel merges the stretches. Scores are in log2 units, so that ``exp2`` serves. Where another kernel has
+attended to the contexts already, what is left are a request's own rows, and its result is merged in.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def attend_kernel(
     query_ptr: tl.tensor,  # [num_tokens, heads, head_dim]
     key_cache_ptr: tl.tensor,  # [blocks, block_size, kv_heads, head_dim]
     value_cache_ptr: tl.tensor,  # [blocks, block_size, kv_heads, head_dim]
-    output_ptr: tl.tensor,  # [num_tokens, heads, head_dim]
-    partial_ptr: tl.tensor,  # [num_tokens, heads, splits, head_dim], float32
+    output_ptr: tl.tensor,  # [num_tokens, heads, head_dim]; holds attention to the contexts if context_lse_ptr is given
+    context_lse_ptr: tl.tensor,  # [heads, num_tokens], float32: its natural log-sum-exp, or None
+    partial_ptr: tl.tensor,  # [num_tokens, heads, splits, head_dim]
     log_total_ptr: tl.tensor,  # [num_tokens, heads, splits], float32: log2 of each stretch's sum of exponentials
     query_start_loc_ptr: tl.tensor,  # [num_reqs + 1]
     seq_lens_ptr: tl.tensor,  # [num_reqs]
@@ -54,6 +56,7 @@ def attend_kernel(
     value_head_stride: tl.tensor,
     output_token_stride: tl.tensor,
     output_head_stride: tl.tensor,
+    context_lse_stride: tl.tensor,
     block_table_stride: tl.tensor,
     query_scale_stride: tl.tensor,
     key_scale_stride: tl.tensor,
@@ -66,7 +69,6 @@ def attend_kernel(
     window: tl.constexpr,
     capped: tl.constexpr,
     is_split: tl.constexpr,
-    padded_requests: tl.constexpr,
     block_rows: tl.constexpr,
     tile: tl.constexpr,
     stages: tl.constexpr,
@@ -78,12 +80,7 @@ def attend_kernel(
     split = tl.program_id(2)
 
     # Find the program's request and rows.
-    # Request i's blocks begin at query_start_loc[i] // block_queries + i, so this grid needs no sizes from the device.
-    request_index = tl.arange(0, padded_requests)
-    is_request = request_index < num_reqs
-    starts = tl.load(query_start_loc_ptr + request_index, mask=is_request, other=0)
-    is_before = is_request & (starts // block_queries + request_index <= block_index)
-    request = tl.sum(is_before.to(tl.int32), axis=0) - 1
+    request = _request_of(block_index, query_start_loc_ptr, num_reqs, block_queries)
     start = tl.load(query_start_loc_ptr + request)
     rows = tl.load(query_start_loc_ptr + request + 1) - start
     first_row = (block_index - start // block_queries - request) * block_queries
@@ -110,23 +107,31 @@ def attend_kernel(
     row_depth = tl.where(is_tree, tl.load(depth + row, mask=is_row, other=0), row)
 
     # Some row sees keys first_key to end_key - 1; every row sees those of them from every_first to every_end - 1.
+    # Tiles are counted from slot `origin` on.
+    origin = 0
     end_key = context + tl.minimum(first_row + block_queries, rows)
     every_end = context + 1 + tl.where(is_tree, 0, first_row)
     first_key = 0
     every_first = 0
-    if window > 0:
+    if context_lse_ptr is not None:
+        origin = context
+        first_key = context
+        every_first = context
+        every_end = context
+    elif window > 0:
         lowest = tl.min(tl.where(is_row, row_depth, rows), axis=0)
         highest = tl.max(tl.where(is_row, row_depth, 0), axis=0)
         first_key = tl.maximum(context + lowest - window + 1, 0)
         every_first = tl.maximum(context + highest - window + 1, 0)
 
     # Of its stretch's tiles, the program takes those from first_open to end_open - 1 without a mask.
-    tiles_before = first_key // tile
-    stretch = tl.cdiv(tl.cdiv(end_key, tile) - tiles_before, splits)
+    tiles_before = (first_key - origin) // tile
+    tiles = tl.cdiv(end_key - origin, tile)
+    stretch = tl.cdiv(tiles - tiles_before, splits)
     first_tile = tiles_before + split * stretch
-    end_tile = tl.maximum(tl.minimum(first_tile + stretch, tl.cdiv(end_key, tile)), first_tile)
-    first_open = tl.minimum(tl.maximum((every_first + tile - 1) // tile, first_tile), end_tile)
-    end_open = tl.minimum(tl.maximum(every_end // tile, first_open), end_tile)
+    end_tile = tl.maximum(tl.minimum(first_tile + stretch, tiles), first_tile)
+    first_open = tl.minimum(tl.maximum(tl.cdiv(every_first - origin, tile), first_tile), end_tile)
+    end_open = tl.minimum(tl.maximum((every_end - origin) // tile, first_open), end_tile)
 
     # Start the online softmax, in the first stretch with the sink: a key of that score and of value zero.
     maximum = tl.full([block_rows], NEVER, tl.float32)
@@ -148,7 +153,8 @@ def attend_kernel(
     block_table = block_table_ptr + request.to(tl.int64) * block_table_stride
 
     # Take in the stretch, tile by tile: without a mask where every row sees every key, with one at both edges.
-    first_part: tl.constexpr = LEFT_EDGE if window > 0 else OPEN
+    behind_context: tl.constexpr = context_lse_ptr is not None
+    first_part: tl.constexpr = RIGHT_EDGE if behind_context else LEFT_EDGE if window > 0 else OPEN
     for part in tl.static_range(first_part, RIGHT_EDGE + 1):
         if part == LEFT_EDGE:
             part_first, part_end = first_tile, first_open
@@ -158,7 +164,7 @@ def attend_kernel(
             part_first, part_end = end_open, end_tile
         for index in tl.range(part_first, part_end, num_stages=stages if part == OPEN else 1):
             # Load the tile's keys and values through the block table.
-            slot = index * tile + tl.arange(0, tile)
+            slot = origin + index * tile + tl.arange(0, tile)
             offset = slot - context
             slot_at = slot % block_size
             if part != OPEN:
@@ -198,15 +204,45 @@ def attend_kernel(
 
     # Write the output, or what the merge needs of this stretch.
     output = accumulated / tl.where(total > 0, total, 1.0)[:, None]
+    log_total = maximum + tl.log2(total)
     if value_scale_ptr is not None:
         output = output * tl.load(value_scale_ptr + kv_head * value_scale_stride)
     if is_split:
         partial = (token * (tl.num_programs(1) * group) + head) * splits + split
-        tl.store(log_total_ptr + partial, maximum + tl.log2(total), mask=is_row)
-        tl.store(partial_ptr + partial[:, None] * head_dim + dim[None, :], output, mask=is_number)
+        tl.store(log_total_ptr + partial, log_total, mask=is_row)
+        partial_at = partial[:, None] * head_dim + dim[None, :]
+        tl.store(partial_ptr + partial_at, output.to(partial_ptr.dtype.element_ty), mask=is_number)
     else:
         output_at = (token * output_token_stride + head * output_head_stride)[:, None] + dim[None, :]
+        if context_lse_ptr is not None:
+            # Nothing is read of an empty context: kernels differ in what they write there.
+            has_context = is_row & (row < tl.where(context > 0, rows, 0))
+            context_lse = tl.load(context_lse_ptr + head * context_lse_stride + token, mask=has_context, other=NEVER)
+            context_output = tl.load(output_ptr + output_at, mask=is_number & has_context[:, None], other=0.0)
+            share = 1 / (1 + tl.exp2(log_total - context_lse * LOG2_E))[:, None]
+            output = output + share * (context_output.to(tl.float32) - output)
         tl.store(output_ptr + output_at, output.to(output_ptr.dtype.element_ty), mask=is_number)
+
+
+@triton.jit
+def _request_of(
+    block: tl.tensor,
+    query_start_loc_ptr: tl.tensor,  # [num_reqs + 1]
+    num_reqs: tl.tensor,
+    block_queries: tl.constexpr,
+) -> tl.tensor:
+    """Find the request to which a block of rows belongs, by halving.
+
+    Request i's blocks begin at ``query_start_loc[i] // block_queries + i``, so the grid needs no sizes from the device.
+    """
+    request = 0
+    end = num_reqs
+    while end - request > 1:
+        middle = (request + end) // 2
+        is_behind = tl.load(query_start_loc_ptr + middle) // block_queries + middle > block
+        end = tl.where(is_behind, middle, end)
+        request = tl.where(is_behind, request, middle)
+    return request
 
 
 @triton.jit
@@ -243,7 +279,7 @@ def _visible(
 
 @triton.jit(do_not_specialize=["num_reqs", "splits"])
 def merge_kernel(
-    partial_ptr: tl.tensor,  # [num_tokens, heads, splits, head_dim], float32
+    partial_ptr: tl.tensor,  # [num_tokens, heads, splits, head_dim]
     log_total_ptr: tl.tensor,  # [num_tokens, heads, splits], float32
     output_ptr: tl.tensor,  # [num_tokens, heads, head_dim]
     query_start_loc_ptr: tl.tensor,  # [num_reqs + 1]
@@ -267,6 +303,6 @@ def merge_kernel(
     weight = tl.exp2(log_total - tl.max(log_total, axis=0))
     is_number = (split < splits)[:, None] & (dim < head_dim)[None, :]
     outputs = tl.load(partial_ptr + partial[:, None] * head_dim + dim[None, :], mask=is_number, other=0.0)
-    output = tl.sum(outputs * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+    output = tl.sum(outputs.to(tl.float32) * weight[:, None], axis=0) / tl.sum(weight, axis=0)
     output_at = token.to(tl.int64) * output_token_stride + head * output_head_stride + dim
     tl.store(output_ptr + output_at, output.to(output_ptr.dtype.element_ty), mask=dim < head_dim)

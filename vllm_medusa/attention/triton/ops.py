@@ -15,12 +15,18 @@ MIN_DOT = 16
 """The smallest side of a matrix that Triton multiplies."""
 
 WARPGROUP_ROWS = 64
-"""From this many rows on, Hopper multiplies from shared memory, which then holds more per stage."""
+"""From this many rows on, a device with warpgroups multiplies from shared memory, which then holds more per stage."""
+
+WITH_WARPGROUPS = (9, 10, 11)
+"""Compute capabilities, without their minor numbers. Other devices multiply from registers."""
 
 MAX_BLOCK_ROWS = 128
+MIN_WARPS = 4
 MAX_TILE = 64
 MAX_SPLITS = 32
-PROGRAMS_PER_PROCESSOR = 2
+WARPS_PER_PROCESSOR = 8
+"""The registers of a multiprocessor serve so many warps, each with as many as one may have (255 a thread)."""
+
 TILE_BYTES = 1 << 15
 """Shared memory for one stage of keys and values, and for the queries: three stages leave room for two programs."""
 
@@ -77,33 +83,51 @@ class LayerOptions:
     value_scale: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What a launch is fitted to.
+
+    Attributes:
+        processors: multiprocessors.
+        has_warpgroups: whether it multiplies from shared memory, which leaves registers free.
+
+    """
+
+    processors: int
+    has_warpgroups: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """Describe a device; one that is no CUDA device is Triton's interpreter, which runs one program at a time."""
+        if device.type != "cuda":
+            return cls(processors=1, has_warpgroups=True)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, properties.major in WITH_WARPGROUPS)
+
+
 @dataclass(frozen=True, eq=False)
 class Workspace:
     """What the kernels write between them, allocated once for all layers and steps.
 
     Attributes:
-        partial: ``[stretches, head_dim]``, float32.
+        partial: ``[stretches, head_dim]``, of the output's dtype: each is rounded as the output is.
         log_total: ``[stretches]``, float32.
-        programs: how many programs keep the device busy.
-        max_num_reqs: the most requests a step may have, padding included.
+        gpu: what the kernels run on.
 
     """
 
     partial: torch.Tensor
     log_total: torch.Tensor
-    programs: int
-    max_num_reqs: int
+    gpu: Gpu
 
     @classmethod
-    def allocate(cls, head_dim: int, max_num_reqs: int, processors: int, device: torch.device) -> Workspace:
-        """Allocate for steps of any size on a device of that many multiprocessors."""
-        programs = PROGRAMS_PER_PROCESSOR * processors
-        stretches = programs * MAX_BLOCK_ROWS
+    def allocate(cls, head_dim: int, dtype: torch.dtype, gpu: Gpu, device: torch.device) -> Workspace:
+        """Allocate for steps of any size."""
+        stretches = gpu.processors * WARPS_PER_PROCESSOR // MIN_WARPS * MAX_BLOCK_ROWS
         return cls(
-            partial=torch.empty(stretches, head_dim, dtype=torch.float32, device=device),
+            partial=torch.empty(stretches, head_dim, dtype=dtype, device=device),
             log_total=torch.empty(stretches, dtype=torch.float32, device=device),
-            programs=programs,
-            max_num_reqs=max_num_reqs,
+            gpu=gpu,
         )
 
 
@@ -141,9 +165,14 @@ def choose_tiling(
     head_dim: int,
     query_bytes: int,
     cache_bytes: int,
-    programs: int,
+    gpu: Gpu,
+    *,
+    own_rows_only: bool,
+    bends_scores: bool,
 ) -> Tiling:
     """Choose the tiling for a step's shape, which is all that it depends on: a CUDA graph may hold the launch.
+
+    Slots are split into as many stretches as the device works on at once, in one wave.
 
     Args:
         num_tokens: the step's, padding included.
@@ -154,7 +183,9 @@ def choose_tiling(
         head_dim: numbers per head.
         query_bytes: per number, as they are multiplied.
         cache_bytes: per number.
-        programs: how many keep the device busy; slots are split until there are about as many.
+        gpu: what the kernel runs on.
+        own_rows_only: the contexts are attended to elsewhere; few slots are left.
+        bends_scores: the layer has a window or a soft cap, which take registers.
 
     """
     group, row_bytes = heads // kv_heads, next_power_of_2(head_dim) * query_bytes
@@ -164,11 +195,14 @@ def choose_tiling(
     block_queries = block_rows // group
     blocks = min(num_tokens // block_queries + num_reqs, num_reqs * cdiv(max_rows, block_queries))
     tile = TILE_BYTES // (2 * next_power_of_2(head_dim) * cache_bytes)
+    is_crowded = block_rows >= WARPGROUP_ROWS and (bends_scores or not gpu.has_warpgroups)
+    warps = 2 * MIN_WARPS if block_rows * row_bytes > TILE_BYTES // 2 else MIN_WARPS
+    at_once = gpu.processors * WARPS_PER_PROCESSOR // warps
     return Tiling(
         block_rows=block_rows,
-        tile=min(max(tile, MIN_DOT), MAX_TILE),
-        splits=min(max(programs // (blocks * kv_heads), 1), MAX_SPLITS),
-        warps=8 if block_rows * row_bytes > TILE_BYTES // 2 else 4,
+        tile=min(max(tile, MIN_DOT), MAX_TILE // 2 if is_crowded else MAX_TILE),
+        splits=1 if own_rows_only else min(max(at_once // (blocks * kv_heads), 1), MAX_SPLITS),
+        warps=warps,
         stages=5 if block_rows < WARPGROUP_ROWS else 3,
     )
 
@@ -181,6 +215,7 @@ def tree_attention(
     step: AttentionStep,
     options: LayerOptions,
     workspace: Workspace,
+    context_lse: torch.Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> None:
     """Attend from each of a step's rows to the keys that it sees, in one launch or, with splits, two.
@@ -196,16 +231,14 @@ def tree_attention(
         step: which keys each token sees.
         options: how the layer attends.
         workspace: of the layer's head_dim.
+        context_lse: ``[heads, num_tokens]``, float32: the output holds each row's attention to its request's context
+            already, this is the natural log of that one's sum of exponentials, and only the request's own rows are
+            left. Of requests without a context neither is read. Not with a window, not with splits.
         tiling: ``choose_tiling``'s by default.
-
-    Raises:
-        ValueError: the step has more requests than the workspace was allocated for.
 
     """
     (num_tokens, heads, head_dim), (num_reqs,) = query.shape, step.seq_lens.shape
     _, block_size, kv_heads, _ = key_cache.shape
-    if num_reqs > workspace.max_num_reqs:
-        raise ValueError(f"the step has {num_reqs} requests, its workspace allows {workspace.max_num_reqs}")
     if tiling is None:
         tiling = choose_tiling(
             num_tokens,
@@ -216,13 +249,16 @@ def tree_attention(
             head_dim,
             output.element_size(),
             key_cache.element_size(),
-            workspace.programs,
+            workspace.gpu,
+            own_rows_only=context_lse is not None,
+            bends_scores=options.window is not None or options.soft_cap is not None,
         )
     attend_kernel[(tiling.num_blocks(num_tokens, num_reqs, heads // kv_heads), kv_heads, tiling.splits)](
         query,
         key_cache,
         value_cache,
         output,
+        context_lse,
         workspace.partial,
         workspace.log_total,
         step.query_start_loc,
@@ -244,6 +280,7 @@ def tree_attention(
         *value_cache.stride()[:3],
         output.stride(0),
         output.stride(1),
+        context_lse.stride(0) if context_lse is not None else 0,
         step.block_table.stride(0),
         _head_stride(options.query_scale),
         _head_stride(options.key_scale),
@@ -256,7 +293,6 @@ def tree_attention(
         window=options.window or 0,
         capped=options.soft_cap is not None,
         is_split=tiling.splits > 1,
-        padded_requests=next_power_of_2(workspace.max_num_reqs),
         block_rows=tiling.block_rows,
         tile=tiling.tile,
         stages=tiling.stages,

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, check_backends
-from vllm_medusa.attention.triton import backend as triton
+from vllm_medusa.attention.triton.selection import tree_attention_selected
 from vllm_medusa.compat.runners import speculator
 from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
@@ -108,7 +108,7 @@ class MedusaModelRunner(GPUModelRunner):
     """
 
     speculator: MedusaSpeculator
-    tree_attention_selected = staticmethod(triton.tree_attention_selected)
+    tree_attention_selected = staticmethod(tree_attention_selected)
     commit_class: type[KVCommit] = KernelCommit
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:

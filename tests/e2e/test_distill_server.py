@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-distillation from ``vllm serve`` with dynamic trees: by its chat and completion endpoints the same records as from
-an engine in the test's own process, which decodes plainly."""
+"""Self-distillation from ``vllm serve`` with dynamic trees: by its chat and completion endpoints the same records as
+from an engine in the process of the test, which decodes plainly."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-distillation from ``vllm serve``: the same records as from an engine in the test's own process."""
+"""Self-distillation from ``vllm serve`` with dynamic trees: by its chat and completion endpoints the same records as
+from an engine in the process of the test, which decodes plainly."""
 
 from __future__ import annotations
 
@@ -56,10 +57,14 @@ def offline(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def server(
-    target: Path, offline: dict[PromptStyle, list[Record]], tmp_path_factory: pytest.TempPathFactory
+    target: Path,
+    tiny_heads: Path,
+    offline: dict[PromptStyle, list[Record]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """A server, started after the engine in this process is closed."""
-    with serve(target, None, tmp_path_factory.mktemp("serve")) as server:
+    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": "dynamic"}
+    with serve(target, medusa, tmp_path_factory.mktemp("serve")) as server:
         yield server
 
 
@@ -67,8 +72,10 @@ def server(
 def test_a_server_s_records_are_those_of_an_own_engine(
     server: Server, offline: dict[PromptStyle, list[Record]], prompts: Path, tmp_path: Path, style: PromptStyle
 ) -> None:
+    before = server.counters()["accepted_tokens"]
     served = run(ServedTarget(f"{server.url}/v1", MODEL, concurrency=4), style, prompts, tmp_path / "set")
     assert served == offline[style]
+    assert server.counters()["accepted_tokens"] > before
     assert all(getattr(record, "tokens", ()) for record in served)
 
 

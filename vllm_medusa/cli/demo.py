@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_medusa.cli.errors import one_line_errors
+
 
 def demo(
     directory: Annotated[Path, typer.Option(help="Where models and results are kept.")] = Path("build/demo"),
@@ -17,6 +19,7 @@ def demo(
 
     The model and its heads are trained on this machine first, once; a second run starts with the race.
     """
-    from vllm_medusa.demo.run import run_demo
+    with one_line_errors():
+        from vllm_medusa.demo.run import run_demo
 
-    run_demo(directory, rounds)
+        run_demo(directory, rounds)

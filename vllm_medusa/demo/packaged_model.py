@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_medusa.checkpoint.gguf import ORIGIN_FILE, dequantise, require_gguf
-from vllm_medusa.files import replaced_file, sha256_of
+from vllm_medusa.files import read_json, replaced_file, sha256_of
 from vllm_medusa.progress import progress
 
 
@@ -90,9 +89,10 @@ def _is_there(output: Path, origin: dict[str, str]) -> bool:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     try:
-        there = json.loads((output / ORIGIN_FILE).read_text(encoding="utf-8"))
+        stored = read_json(output / ORIGIN_FILE)
     except (OSError, ValueError):
-        there = {}
+        stored = None
+    there = stored if isinstance(stored, dict) else {}
     if origin.items() <= there.items():
         return True
     found = there.get("source", "something else")

@@ -197,7 +197,7 @@ def commit_milliseconds(llm: Any, rows: int) -> float:
         num_drafting_reqs=1,
     )
     branch = torch.tensor([sorted({row for row in (0, 2, 4, rows - 1) if row < rows})])
-    accepted = Walk(torch.zeros_like(branch), branch)
+    accepted = Walk.along(trees, torch.zeros_like(branch), branch)
     slots = [table.slot_mapping.gpu for table in runner.input_batch.block_table.block_tables]
     times = []
     for _ in range(50):

@@ -40,6 +40,13 @@ def no_process_left() -> Iterator[None]:
     before = set(psutil.Process().children(recursive=True))
     yield
     started = [process for process in psutil.Process().children(recursive=True) if process not in before]
-    started = [process for process in started if "multiprocessing.resource_tracker" not in " ".join(process.cmdline())]
+    started = [process for process in started if not is_resource_tracker(process)]
     _, left = psutil.wait_procs(started, timeout=60)
     assert left == [], f"{left} are still there"
+
+
+def is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # It has just ended.
+        return False

@@ -64,8 +64,8 @@ class Watch(TorchDispatchMode):
         if self.stage is not None and (self.stage in self.whole or ours(frame) is not None):
             self.launches[self.stage] += 1
 
-    def watching(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function so that what it starts counts for a stage."""
+    def watching(self, stage: str | None, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function so that what it starts counts for a stage, or not at all."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.stage, before = stage, self.stage

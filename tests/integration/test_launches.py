@@ -15,16 +15,21 @@ from vllm import SamplingParams
 
 from tests.integration.engines import Tree, engine, generate, greedy, model_runner, spec_counters
 from tests.integration.launches import PACKAGE, Watch
+from tests.integration.recorded_graphs import recorded_graphs
+from tests.integration.test_proposal_graphs import capture
+from tests.rehearsal.graphs import RecordedGraph
 from tests.under_test import UNDER_TEST
 
 pytestmark = [
     pytest.mark.both_runners,
     pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
 ]
-STATIC = {"plan": 1, "verification": 6, "commit": 1, "proposal": 9}
-DYNAMIC = {"plan": 1, "verification": 6, "commit": 1, "proposal": 29}
-CHAIN = {"plan": 1, "verification": 6, "commit": 0, "proposal": 9}
-"""Of one step, with four heads, two layers and one KV cache group, in fp32; docs/architecture.md states them."""
+STAGES = {"plan": 1, "verification": 1, "commit": 1, "proposal": 2, "other": 2}
+STATIC = {**STAGES, "graph": 10}
+DYNAMIC = {**STAGES, "graph": 29}
+CHAIN = {**STAGES, "commit": 0, "graph": 10}
+"""Of one step, with four heads, two layers and one KV cache group, in fp32; docs/architecture.md states them. All other
+launches are the layers' attention, which a GPU has in the target's graph; here chains have the trees' attention too."""
 
 
 @pytest.mark.parametrize(
@@ -33,14 +38,27 @@ CHAIN = {"plan": 1, "verification": 6, "commit": 0, "proposal": 9}
     ids=["static", "dynamic", "chain"],
 )
 def test_a_step_launches_few_kernels_and_waits_for_none(
-    tree: Tree, launches: dict[str, int], tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
+    tree: Tree,
+    launches: dict[str, int],
+    tiny_target: Path,
+    tiny_heads: Path,
+    held_out_prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
     steps: list[Counter[str]] = []
-    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm:
-        runner, watch = model_runner(llm), Watch(whole=frozenset({"proposal"}))
+    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm, recorded_graphs():
+        runner, watch = model_runner(llm), Watch(stage="other", whole=frozenset({"proposal"}))
         verifier = runner.rejection_sampler
         runner.speculator.proposer.model.lm_heads.parts.clear()  # Multiply as on a GPU, all heads at once.
+        capture(runner)
+        replay = watch.watching(None, RecordedGraph.replay)
+
+        def counted_replay(graph: RecordedGraph) -> None:
+            watch.launches["graph"] += graph.launches
+            replay(graph)
+
+        monkeypatch.setattr(RecordedGraph, "replay", counted_replay)
         runner.prepare_attn = watch.watching("plan", runner.prepare_attn)
         if runner._commit is not None:
             runner._commit = watch.watching("commit", runner._commit)

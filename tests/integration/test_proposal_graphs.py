@@ -56,12 +56,12 @@ def test_replayed_proposals_are_those_of_the_heads(
         graphs = capture(runner)
         proposer = runner.speculator.proposer
         for num_reqs in (1, 3, 2, 4):
-            hidden = torch.randn(num_reqs, runner.model_config.get_hidden_size())
-            replayed, drafts = graphs.replay(hidden), proposer.propose(hidden)
+            hidden = graphs.buffers.hidden[:num_reqs].normal_()
+            replayed, drafts = graphs.replay(num_reqs), proposer.propose(hidden)
             assert replayed is not None
             for name in ("tokens", "parents", "lengths"):
                 assert torch.equal(getattr(replayed, name), getattr(drafts, name))
-        assert graphs.replay(torch.zeros(5, hidden.shape[1])) is None
+        assert graphs.replay(5) is None
         assert num_replays(graphs) == [1, 1, 2]
         assert texts(llm, prompts) == expected
         assert num_replays(graphs)[2] > 3
@@ -73,7 +73,7 @@ def test_requests_that_follow_a_grammar_are_not_replayed(tiny_target: Path, tiny
         graphs, speculator = capture(runner), runner.speculator
         hidden = torch.randn(2, runner.model_config.get_hidden_size())
         batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
-        speculator.last_token_indices, speculator.chained = torch.tensor([1, 0]), torch.tensor([True, False])
+        speculator.stopped_at, speculator.chained = torch.tensor([1, 0]), torch.tensor([True, False])
         tokens = speculator.propose(batch, {}, {}, hidden)
         drafts = speculator.proposer.propose(hidden.flip(0), speculator.chained)
         assert torch.equal(tokens, drafts.padded_tokens())
@@ -89,4 +89,4 @@ def test_an_engine_without_graphs_proposes_eagerly(tiny_target: Path, tiny_heads
         graphs = model_runner(llm).speculator.graphs
         assert graphs is not None
         assert not graphs.needs_capture()
-        assert graphs.replay(torch.zeros(1, graphs.buffers.hidden.shape[1])) is None
+        assert graphs.replay(1) is None

@@ -79,7 +79,8 @@ def test_accepted_rows_move_behind_their_roots_in_every_layer(
         rows[index, : len(path)] = step.roots[index] + path
     tokens = len(step.parents) + 5
     token = torch.randperm(tokens, generator=generator)[: len(step.parents)].sort().values
-    step, accepted = replace(step, logits_indices=token), Walk(rows, rows)
+    step = replace(step, logits_indices=token)
+    accepted = Walk.along(step, rows, rows)
     slots = torch.randperm(4 * tokens, generator=generator)[:tokens]
     caches = [layout.cache(tokens, generator) for layout in layouts for _ in range(2)]
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +24,7 @@ def check(step: Step, seed: int = 0) -> None:
     expected = step.derive(expected_ids, expected_positions)
     positions, num_tokens = step.positions, len(ids)
     buffers = StepTrees.allocate(step.num_nodes, num_reqs, num_tokens + 2, torch.device("cpu"))
-    for buffer in (buffers.tokens, buffers.parents, buffers.root_positions, buffers.depths):
+    for buffer in (buffers.tokens, buffers.parents, buffers.positions, buffers.root_positions, buffers.depths):
         buffer.random_(generator=generator)
     found = derive_trees_on_device(
         parents,
@@ -45,6 +43,7 @@ def check(step: Step, seed: int = 0) -> None:
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.parents, expected.parents)
     assert torch.equal(found.roots.long(), expected.roots)
+    assert torch.equal(found.positions, expected.positions)
     assert torch.equal(found.root_positions[:num_reqs], expected.root_positions)
     assert torch.equal(found.depths[rows], expected.depths[rows])
     assert torch.equal(found.ancestor_bits[rows], expected.ancestor_bits[rows])
@@ -52,8 +51,7 @@ def check(step: Step, seed: int = 0) -> None:
     assert (found.ancestor_bits[num_tokens:] == CAUSAL).all()
     assert torch.equal(positions, expected_positions)
     assert torch.equal(ids[rows], expected_ids[rows])
-    derived = {"tokens", "parents", "root_positions", "depths", "ancestor_bits", "cu_num_rows", "logits_indices"}
-    assert vars(replace(found, **dict.fromkeys(derived))) == vars(replace(expected, **dict.fromkeys(derived)))
+    assert (found.max_depth, found.num_drafting_reqs) == (expected.max_depth, expected.num_drafting_reqs)
 
 
 @settings(deterministic, max_examples=40)

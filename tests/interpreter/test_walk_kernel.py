@@ -28,6 +28,8 @@ def test_the_walk_is_that_of_exact_acceptance(
     assert found.tokens.shape == found.rows.shape == (len(requests), trees.max_depth + 1)
     assert torch.equal(found.tokens[:, :levels], expected.tokens)
     assert torch.equal(found.rows[:, :levels], expected.rows)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.stopped_at, expected.stopped_at)
     assert (found.tokens[:, levels:] == NO_TOKEN).all()
     assert (found.rows[:, levels:] == NO_TOKEN).all()
 

@@ -109,7 +109,7 @@ class RecordedGraph:
     @property
     def launches(self) -> int:
         """Kernel launches and operations of one replay."""
-        return len(self.calls)
+        return sum(call.function not in UNWRITTEN for call in self.calls)
 
     def freeze(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -89,10 +89,12 @@ def noise_between_steps(llm: LLM) -> Iterator[None]:
     prepare_inputs, generator = runner.prepare_inputs, torch.Generator().manual_seed(0)
 
     def prepare(*args: Any) -> Any:
-        for buffer in (runner._buffers.tokens, runner._buffers.parents, runner._buffers.depths):
+        trees = runner._buffers
+        for buffer in (trees.tokens, trees.parents, trees.depths):
             buffer.random_(-99, 99, generator=generator)
-        runner._buffers.ancestor_bits.random_(generator=generator)
-        runner._buffers.root_positions.random_(0, 99, generator=generator)
+        for buffer in (trees.positions, trees.root_positions):
+            buffer.random_(0, 99, generator=generator)
+        trees.ancestor_bits.random_(generator=generator)
         runner.input_buffers.input_ids.random_(0, 1024, generator=generator)
         runner.input_buffers.positions.random_(0, 512, generator=generator)
         return prepare_inputs(*args)

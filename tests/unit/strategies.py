@@ -84,6 +84,7 @@ def step_of(requests: list[TokenTree]) -> StepTrees:
         logits_indices=torch.arange(len(parents)),
         tokens=torch.tensor(tokens),
         parents=torch.tensor(parents),
+        positions=torch.empty(0),
         root_positions=torch.empty(0),
         depths=torch.empty(0),
         ancestor_bits=torch.empty(0, 1),

@@ -8,8 +8,8 @@ parameters, and a seeded request emits what it would emit without speculation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -27,25 +27,36 @@ class Walk:
     Attributes:
         tokens: ``[num_reqs, levels]``, int64: the emitted tokens, then -1. The last one emitted is carried by no row.
         rows: ``[num_reqs, levels]``, int64: the row each token was drawn at, -1 after the last one.
+        lengths: ``[num_reqs]``, int32: emitted tokens, the accepted drafts and the one after them.
+        stopped_at: ``[num_reqs]``, int64: the row at which each request stopped, as an index among the step's tokens.
 
     """
 
     tokens: torch.Tensor
     rows: torch.Tensor
+    lengths: torch.Tensor
+    stopped_at: torch.Tensor
 
-    @property
-    def lengths(self) -> torch.Tensor:
-        """``[num_reqs]``, int64: emitted tokens, the accepted drafts and the one after them."""
-        return (self.rows >= 0).sum(dim=1)
-
-    @property
-    def last_row(self) -> torch.Tensor:
-        """``[num_reqs]``, int64: the row at which each request stopped."""
-        return self.rows.amax(dim=1)
+    @classmethod
+    def along(
+        cls,
+        trees: StepTrees,
+        tokens: torch.Tensor,  # [num_reqs, levels], int64
+        rows: torch.Tensor,  # [num_reqs, levels], int64
+    ) -> Walk:
+        """Return the walk along these rows."""
+        lengths = (rows >= 0).sum(dim=1, dtype=torch.int32)
+        return cls(tokens, rows, lengths, trees.logits_indices[rows.amax(dim=1)])
 
     def shifted(self, first_row: int) -> Walk:
         """Return the walk in a step where this one's row 0 is that row."""
-        return Walk(self.tokens, torch.where(self.rows >= 0, self.rows + first_row, NO_TOKEN))
+        return replace(self, rows=torch.where(self.rows >= 0, self.rows + first_row, NO_TOKEN))
+
+    @staticmethod
+    def cat(walks: Sequence[Walk]) -> Walk:
+        """Join the walks of requests that follow each other; they have as many levels."""
+        names = (each.name for each in fields(Walk))
+        return Walk(*(torch.cat([getattr(walk, name) for walk in walks]) for name in names))
 
 
 def walk(trees: StepTrees, draw: Draw, *, may_wait: bool = True) -> Walk:
@@ -71,4 +82,4 @@ def walk(trees: StepTrees, draw: Draw, *, may_wait: bool = True) -> Walk:
         if may_wait and not walking.any():
             break
         row = torch.where(walking, child, row)
-    return Walk(torch.stack(tokens, dim=1), torch.stack(rows, dim=1))
+    return Walk.along(trees, torch.stack(tokens, dim=1), torch.stack(rows, dim=1))

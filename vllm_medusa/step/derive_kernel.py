@@ -56,6 +56,7 @@ def derive_trees_on_device(
         positions,
         buffers.tokens,
         buffers.parents,
+        buffers.positions,
         buffers.root_positions,
         buffers.depths,
         buffers.ancestor_bits,
@@ -71,6 +72,7 @@ def derive_trees_on_device(
         logits_indices=logits_indices,
         tokens=buffers.tokens[:num_rows],
         parents=buffers.parents[:num_rows],
+        positions=buffers.positions[:num_rows],
         max_depth=max_depth,
         num_drafting_reqs=num_drafting_reqs,
     )
@@ -87,6 +89,7 @@ def _derive_kernel(
     positions_ptr: tl.tensor,  # [num_tokens]
     tokens_ptr: tl.tensor,  # [num_rows]
     parents_ptr: tl.tensor,  # [num_rows]
+    row_positions_ptr: tl.tensor,  # [num_rows]
     root_positions_ptr: tl.tensor,  # [num_reqs]
     depths_ptr: tl.tensor,  # [num_tokens]
     ancestor_bits_ptr: tl.tensor,  # [num_tokens, words]
@@ -127,8 +130,9 @@ def _derive_kernel(
             above = tl.load(draft_parents + above - 1, mask=climbs, other=0)
         tl.store(ancestor_bits_ptr + token * words + word, bits, mask=is_row)
     tl.store(depths_ptr + token, depth, mask=is_row)
-    position = tl.load(positions_ptr + token, mask=is_row, other=0)
-    tl.store(positions_ptr + token, position + depth - row, mask=is_row)
+    position = tl.load(positions_ptr + token, mask=is_row, other=0) + depth - row
+    tl.store(positions_ptr + token, position, mask=is_row)
+    tl.store(row_positions_ptr + root + row, position, mask=is_row)
     tl.store(root_positions_ptr + request + row, position.to(tl.int32), mask=row == 0)
 
     first_token = tl.load(query_start_loc_ptr + request).to(tl.int64)

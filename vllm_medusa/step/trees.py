@@ -31,6 +31,7 @@ class StepTrees:
         logits_indices: ``[num_rows]``, int: each row's index among the step's tokens.
         tokens: ``[num_rows]``, int64: the token ids; ``NO_TOKEN`` where the scheduler has padded a draft.
         parents: ``[num_rows]``, int64: the parent's index among all rows; ``ROOT`` for roots.
+        positions: ``[num_rows]``, int64: the row's position, its root's and its depth.
         root_positions: ``[num_reqs]`` or longer, int32: the position of each request's root; where it has a draft,
             the length of its context.
         depths: ``[num_tokens]``, int64: edges between a row's token and its root; of no meaning for other tokens.
@@ -45,6 +46,7 @@ class StepTrees:
     logits_indices: torch.Tensor
     tokens: torch.Tensor
     parents: torch.Tensor
+    positions: torch.Tensor
     root_positions: torch.Tensor
     depths: torch.Tensor
     ancestor_bits: torch.Tensor
@@ -92,6 +94,7 @@ class StepTrees:
             logits_indices=self.logits_indices[first_row:last_row],
             tokens=self.tokens[first_row:last_row],
             parents=(self.parents[first_row:last_row] - first_row).clamp(min=ROOT),
+            positions=self.positions[first_row:last_row],
             root_positions=self.root_positions[start:end],
         )
 
@@ -116,6 +119,7 @@ class StepTrees:
             logits_indices=zeros(0),
             tokens=zeros(max_num_rows),
             parents=zeros(max_num_rows),
+            positions=zeros(max_num_rows),
             root_positions=zeros(max_num_reqs).int(),
             depths=zeros(max_num_tokens),
             ancestor_bits=zeros(max_num_tokens, num_words(num_nodes)).fill_(CAUSAL),
@@ -178,7 +182,8 @@ def derive_trees(
         above = above[above]
     tokens = ids[rows].astype(np.int64)
     np.maximum(ids, 0, out=ids)
-    positions.numpy()[rows] += depths - row
+    row_positions = positions.numpy()[rows] + depths - row
+    positions.numpy()[rows] = row_positions
     token_depths = np.zeros(len(ids), dtype=np.int64)
     token_depths[rows] = depths
     token_words = np.full((len(ids), words.shape[1]), CAUSAL, dtype=np.int64)
@@ -188,7 +193,8 @@ def derive_trees(
         logits_indices=logits_indices,
         tokens=torch.from_numpy(tokens),
         parents=torch.from_numpy(tree_parents),
-        root_positions=torch.from_numpy(positions.numpy()[rows[first[:-1]]].astype(np.int32)),
+        positions=torch.from_numpy(row_positions),
+        root_positions=torch.from_numpy(row_positions[first[:-1]].astype(np.int32)),
         depths=torch.from_numpy(token_depths),
         ancestor_bits=torch.from_numpy(token_words),
         max_depth=max_depth,

@@ -34,4 +34,4 @@ def test_accepted_rows_move_to_where_a_sequence_has_them(requests: list[TokenTre
 def test_an_accepted_chain_moves_nothing(requests: int, depth: int) -> None:
     trees = Step([StepRequest(DraftTree.chain(depth), depth + 1, 0, 5)] * requests).derive()
     rows = trees.roots[:, None] + torch.arange(depth + 1)
-    assert [len(moves) for moves in misplaced_rows(trees, Walk(rows, rows))] == [0, 0]
+    assert [len(moves) for moves in misplaced_rows(trees, Walk.along(trees, rows, rows))] == [0, 0]

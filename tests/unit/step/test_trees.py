@@ -35,6 +35,7 @@ def test_rows_lie_request_by_request_with_the_parents_and_depths_of_their_tree(s
             assert found.tokens[row] == step.input_ids[token]
             assert found.logits_indices[row] == token
             assert found.depths[token] == len(path_to(request.tree, local)) - 1
+            assert found.positions[row] == request.context + found.depths[token]
             row += 1
     assert len(found.parents) == len(found.tokens) == found.cu_num_rows[-1] == row
 

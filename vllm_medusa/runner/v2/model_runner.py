@@ -41,7 +41,7 @@ class MedusaSpeculator(BaseSpeculator):
     """The proposer in V2's terms.
 
     Attributes:
-        last_token_indices: ``[num_reqs]``, int64: index of the token at whose row each request of the step stopped.
+        stopped_at: ``[num_reqs]``, int64: ``Walk.stopped_at`` of the step's requests.
         chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
         drafts: the trees of drafts that wait for their verification.
         graphs: the proposal as CUDA graphs. vLLM makes them anew, and drops those with which it measured memory.
@@ -54,7 +54,7 @@ class MedusaSpeculator(BaseSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.proposer = MedusaProposer(vllm_config)
         self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
-        self.last_token_indices: torch.Tensor | None = None
+        self.stopped_at: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
         self.graphs: ProposalGraphs | None = None
         self._buffers = ProposalBuffers.allocate(vllm_config, self.proposer.tree.num_nodes, device)
@@ -84,19 +84,22 @@ class MedusaSpeculator(BaseSpeculator):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
+        hidden = self._buffers.hidden[: input_batch.num_reqs]
         if dummy_run:
-            return self._draft(last_hidden_states[: input_batch.num_reqs], None).tokens
-        drafts = self._draft(last_hidden_states[self.last_token_indices], self.chained)
+            return self._draft(hidden, None).tokens
+        assert self.stopped_at is not None
+        torch.index_select(last_hidden_states, 0, self.stopped_at, out=hidden)
+        drafts = self._draft(hidden, self.chained)
         self.drafts.keep(input_batch.idx_mapping, drafts)
         return drafts.tokens if self.chained is None else drafts.padded_tokens()
 
     def _draft(
         self,
-        hidden: torch.Tensor,  # [num_reqs, hidden_size]
+        hidden: torch.Tensor,  # [num_reqs, hidden_size], the first in the buffers
         chained: torch.Tensor | None,  # [num_reqs], bool
     ) -> Drafts:
         """Draft by a captured graph if there is one; never where a request follows a grammar, which is rare."""
-        captured = self.graphs.replay(hidden) if self.graphs is not None and chained is None else None
+        captured = self.graphs.replay(len(hidden)) if self.graphs is not None and chained is None else None
         return captured or self.proposer.propose(hidden, chained)
 
 
@@ -194,12 +197,12 @@ class MedusaModelRunner(GPUModelRunner):
         assert isinstance(verifier, TreeVerifier)
         verifier.trees, verifier.accepted = trees, None
         sampled = super().sample(hidden_states, input_batch, grammar_output)
-        last_row = trees.roots
+        # A step without drafts is not verified; it has a row a request.
+        self.speculator.stopped_at = trees.logits_indices
         if verifier.accepted is not None:
             if self._commit is not None:
                 self._commit(trees, verifier.accepted, list(self._slots))
-            last_row = verifier.accepted.last_row
-        self.speculator.last_token_indices = trees.logits_indices[last_row]
+            self.speculator.stopped_at = verifier.accepted.stopped_at
         chained = self._follows_grammar[input_batch.idx_mapping_np]
         self.speculator.chained = async_tensor_h2d(chained, device=self.device) if chained.any() else None
         return sampled

@@ -77,15 +77,15 @@ class ProposalGraphs(CudaGraphManager):
 
         self.capture(create_forward_fn, "Capturing Medusa proposals")
 
-    def replay(
-        self,
-        hidden: torch.Tensor,  # [num_reqs, hidden_size]
-    ) -> Drafts | None:
-        """Return the drafts, good until the next replay; None if no graph is captured for so many requests."""
-        num_reqs = len(hidden)
+    def replay(self, num_reqs: int) -> Drafts | None:
+        """Draft from the first hidden states in the buffers.
+
+        Returns:
+            The drafts, good until the next replay; None if no graph is captured for so many requests.
+
+        """
         desc = self.dispatch(num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0)
         if desc.cg_mode != CUDAGraphMode.FULL:
             return None
-        self.buffers.hidden[:num_reqs] = hidden
         self.run_fullgraph(desc)
         return self.buffers.first(num_reqs)

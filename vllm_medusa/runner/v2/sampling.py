@@ -84,7 +84,7 @@ class TreeVerifier(RejectionSampler):
         nans = get_num_nans(logits) if self.sampler.compute_nans else None
         self.accepted, logprobs, masks = self._verify(logits, input_batch, trees)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            self.accepted.lengths.to(torch.int32),
+            self.accepted.lengths,
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
@@ -135,7 +135,7 @@ class TreeVerifier(RejectionSampler):
             if chunk_masks is not None:
                 masks.append(chunk_masks)
         return (
-            Walk(torch.cat([each.tokens for each in walks]), torch.cat([each.rows for each in walks])),
+            Walk.cat(walks),
             LogprobsTensors.cat(logprobs, _starts(input_batch.num_reqs, levels)) if logprobs else None,
             SamplingMaskTensors.cat(masks) if masks else None,
         )
@@ -168,7 +168,7 @@ class TreeVerifier(RejectionSampler):
             masks = SamplingMaskTensors.from_logits(
                 processed,
                 torch.arange(0, num_reqs * levels + 1, levels, device=logits.device),
-                accepted.lengths.to(torch.int32),
+                accepted.lengths,
                 wanted.max_num_kept,
                 levels,
             )
@@ -204,7 +204,9 @@ class TreeVerifier(RejectionSampler):
         drawn, processed = self._sample(
             logits,
             input_batch,
-            trees.logits_indices,
+            trees.positions,
+            # Only what depends on the path reads tokens.
+            trees.tokens,
             input_batch.expanded_idx_mapping,
             input_batch.expanded_local_pos,
             needs_processed,
@@ -226,7 +228,8 @@ class TreeVerifier(RejectionSampler):
             drawn, processed = self._sample(
                 logits[rows],
                 input_batch,
-                trees.logits_indices[rows],
+                trees.positions[rows],
+                input_batch.input_ids[trees.logits_indices[rows]],
                 input_batch.idx_mapping.repeat_interleave(levels),
                 torch.arange(levels, dtype=torch.int32, device=rows.device).repeat(requests),
                 needs_processed,
@@ -242,23 +245,23 @@ class TreeVerifier(RejectionSampler):
         self,
         logits: torch.Tensor,  # [rows, vocab_size]
         input_batch: InputBatch,
-        token_indices: torch.Tensor,  # [rows]: indices among the step's tokens
+        positions: torch.Tensor,  # [rows], int64
+        tokens: torch.Tensor,  # [rows], int
         request: torch.Tensor,  # [rows]: V2's expanded_idx_mapping
         local_position: torch.Tensor,  # [rows]: V2's expanded_local_pos
         needs_processed: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [rows], int64; [rows, vocab_size]
-        sampled, processed = self.sampler.sample(
+        return self.sampler.sample(
             logits,
             request,
             input_batch.idx_mapping,
             input_batch.idx_mapping_np,
-            input_batch.positions[token_indices],
-            input_batch.input_ids[token_indices],
+            positions,
+            tokens,
             local_position,
             input_batch.seq_lens_cpu_upper_bound.numpy(),
             return_logprobs=needs_processed,
         )
-        return sampled.long(), processed
 
 
 def _starts(num_reqs: int, levels: int) -> list[int]:

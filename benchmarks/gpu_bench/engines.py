@@ -178,10 +178,10 @@ class Engine:
     def proposal_seconds(self, requests: int) -> float:
         """Return the device's time for a proposal, from hidden states to drafts; to be called between batches."""
         speculator = self._speculator
-        hidden = torch.randn_like(speculator.graphs.buffers.hidden[:requests])
+        hidden = speculator.graphs.buffers.hidden[:requests].normal_()
 
         def propose() -> None:
-            if speculator.graphs.replay(hidden) is None:
+            if speculator.graphs.replay(requests) is None:
                 speculator.proposer.propose(hidden)
 
         propose()

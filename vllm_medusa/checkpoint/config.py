@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from vllm_medusa.checkpoint.entries import PUBLISHED_NAMES, check_entries
-
 MODEL_TYPE = "vllm_medusa"
 """vLLM 0.32 has a configuration of its own under ``medusa``."""
 
@@ -72,6 +70,9 @@ class MedusaHeadsConfig(PretrainedConfig):
             ValueError: an entry is wrong.
 
         """
+        # Every process that loads the plugin imports this module; few of them read a checkpoint.
+        from vllm_medusa.checkpoint.entries import PUBLISHED_NAMES, check_entries
+
         kwargs.pop("trust_remote_code", None)
         stored, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
         check_entries(stored, "its config.json")

@@ -12,7 +12,8 @@ from vllm_medusa.cli.eval import evaluate
 from vllm_medusa.cli.fetch_demo import fetch_demo
 from vllm_medusa.cli.train import train
 
-app = typer.Typer(name="vllm-medusa", no_args_is_help=True, pretty_exceptions_enable=False)
+# Plain help: the boxes of rich cut the names of options short on a terminal of 80 columns.
+app = typer.Typer(name="vllm-medusa", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(demo)
 app.command("fetch-demo")(fetch_demo)
 app.command()(train)

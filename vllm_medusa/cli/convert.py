@@ -27,7 +27,7 @@ def convert(
         typer.Option(help="The heads' target: sizes are checked against it, and heads without LM heads get its."),
     ] = None,
 ) -> None:
-    """Convert published Medusa heads to the layout that vLLM serves, or back to the original one.
+    """Convert published heads to the layout of vLLM, or back.
 
     A Medusa-2 checkpoint, a whole model with heads in it, is split into OUTPUT/heads and OUTPUT/target.
     """
@@ -35,14 +35,16 @@ def convert(
         from vllm_medusa.checkpoint.conversion import Layout
         from vllm_medusa.checkpoint.conversion import convert as convert_checkpoint
         from vllm_medusa.checkpoint.hub import local_directory
+        from vllm_medusa.progress import progress
 
-        done = convert_checkpoint(
-            local_directory(source),
-            output,
-            Layout(to),
-            target=None if target is None else local_directory(target),
-            base_model=target,
-        )
+        with progress("Converting"):
+            done = convert_checkpoint(
+                local_directory(source),
+                output,
+                Layout(to),
+                target=None if target is None else local_directory(target),
+                base_model=target,
+            )
     typer.echo(_describe(done))
     if to == "served":
         serve = json.dumps({"method": "medusa", "model": str(done.heads)})

@@ -15,9 +15,9 @@ def demo(
     directory: Annotated[Path, typer.Option(help="Where models and results are kept.")] = Path("build/demo"),
     rounds: Annotated[int, typer.Option(min=1, help="Prompts that each contender decodes for time.")] = 5,
 ) -> None:
-    """Train a small model and its heads on this machine, then race stock vLLM against draft trees.
+    """Race stock vLLM against draft trees on a small model.
 
-    The models are trained once and kept; a second run starts with the race.
+    The model and its heads are trained on this machine first, once; a second run starts with the race.
     """
     with one_line_errors():
         from vllm_medusa.demo.run import run_demo

@@ -55,11 +55,11 @@ def distill(
         ),
     ] = False,
 ) -> None:
-    """Let the target write the training set for its heads: its own answers to prompts, for "train --data OUTPUT".
+    """Let the target write the training set for its heads.
 
-    Of conversations the user's turns are kept, and the target answers each one, with its own earlier answers in
-    context. Without prompts, a chat model writes the users' turns too: --self-prompts N. The same command resumes an
-    interrupted run after its last finished file.
+    The target answers prompts, and "train --data OUTPUT" learns from its answers. Of conversations the user's turns are
+    kept, and the target answers each one, with its own earlier answers in context. Without prompts, a chat model writes
+    the users' turns too: --self-prompts N. The same command resumes an interrupted run after its last finished file.
     """
     with one_line_errors():
         from vllm_medusa.data.chat import user_turn

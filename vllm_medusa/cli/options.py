@@ -51,11 +51,24 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         kind = bool
     elif get_origin(field.annotation) is tuple:
         kind = list[str]
-    shown = None if kind is list[str] or field.is_required() or field.default is None else str(field.default)
-    option = typer.Option(help=field.description, metavar=_metavar(field), show_default=shown or False)
+    # As help, since typer puts the text of a default that it does not know itself into parentheses.
+    text = " ".join(filter(None, (field.description, _default(name, field))))
+    option = typer.Option(help=text, metavar=_metavar(field), show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _default(name: str, field: FieldInfo) -> str | None:
+    """Return what the help says of a field's default, in click's form; None where the description says it."""
+    if field.is_required() or field.default is None or field.default == ():
+        return None
+    if isinstance(field.default, bool):
+        shown = name.replace("_", "-") if field.default else f"no-{name.replace('_', '-')}"
+    else:
+        values = field.default if isinstance(field.default, tuple) else (field.default,)
+        shown = ", ".join(map(str, values))
+    return f"[default: {shown}]"
 
 
 def _metavar(field: FieldInfo) -> str | None:

@@ -22,7 +22,7 @@ def train(
         typer.Option(help="A YAML file of settings, named as the options with _ for -; options take precedence."),
     ] = None,
 ) -> None:
-    """Train Medusa heads (medusa1), or heads and target together (medusa2).
+    """Train heads (medusa1), or heads and target (medusa2).
 
     The same command resumes an interrupted run from its last checkpoint.
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from vllm_medusa.demo.engine import Decoded, Engine, Order, serve
 from vllm_medusa.demo.process import Contender, share_environment
+from vllm_medusa.progress import track
 
 PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE = "plain", "native_chain", "tree", "tree_wide"
 
@@ -77,18 +76,18 @@ class Run:
     rounds: list[Decoded]
 
 
-def compare(comparison: Comparison, names: Sequence[str], directory: Path, console: Console) -> dict[str, Run]:
+def compare(comparison: Comparison, names: Sequence[str], directory: Path) -> dict[str, Run]:
     """Run the named contenders, which take turns; their logs go into ``directory``."""
     share_environment()
     with ExitStack() as stack:
         contenders = [stack.enter_context(comparison.start(name, directory)) for name in names]
         runs: dict[str, Run] = {}
-        for contender in track(contenders, "Starting engines, checking texts", console=console):
+        for contender in track(contenders, "Starting engines, checking texts"):
             runs[contender.name] = Run(contender.answer(), [])
             contender.answer()
-        for contender in track(contenders, "Warming up", console=console):
+        for contender in track(contenders, "Warming up"):
             contender.ask(comparison.rounds[0])
-        for order in track(comparison.rounds, "Taking turns", console=console):
+        for order in track(comparison.rounds, "Taking turns"):
             for contender in contenders:
                 runs[contender.name].rounds.append(contender.ask(order))
     return runs

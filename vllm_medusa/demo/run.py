@@ -52,7 +52,7 @@ def run_demo(directory: Path, rounds: int) -> None:
         exact=Order(held_out[:EXACT_PROMPTS], TOKENS),
         rounds=[Order([prompt], TOKENS) for prompt in held_out[EXACT_PROMPTS:]],
     )
-    runs = compare(comparison, (PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE), directory / "logs", console)
+    runs = compare(comparison, (PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE), directory / "logs")
     summary = summarise(runs)
     details = {
         "models": artifacts.describe(),

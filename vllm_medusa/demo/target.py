@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_medusa.demo.blocks import shuffled_batches
 from vllm_medusa.demo.muon import Muon
 from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID
-from vllm_medusa.training.progress import training_progress
+from vllm_medusa.progress import progress
 from vllm_medusa.training.schedule import linear_with_warmup
 
 
@@ -79,7 +79,7 @@ def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool
         for optimizer in optimizers
     ]
     batches = shuffled_batches(blocks, config.batch_size, config.seed)
-    with training_progress("Target model", config.steps, show_progress) as report:
+    with progress("Target model, steps", config.steps, show_progress) as shown:
         for _ in range(config.steps):
             tokens = next(batches)
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -89,5 +89,5 @@ def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-            report(loss.item())
+            shown.advance(tokens=tokens.numel(), loss=loss.item())
     return model.eval()

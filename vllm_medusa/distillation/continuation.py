@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import track
 
 from vllm_medusa.data.packing import IGNORED, Sample
+from vllm_medusa.progress import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ def continue_prompts(
         prompts: token ids, at least one per prompt.
         new_tokens: the longest continuation.
         batch_size: prompts per batch.
-        show_progress: whether to draw a progress bar.
+        show_progress: whether to show progress.
         min_new_tokens: the end-of-sequence token cannot be chosen before so many tokens.
 
     Returns:
@@ -41,9 +41,11 @@ def continue_prompts(
     samples: dict[int, Sample] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    for batch in track(batches, "Target's text", disable=not show_progress):
-        written = _continue_batch(target, [prompts[index] for index in batch], new_tokens, min_new_tokens)
-        samples |= zip(batch, written, strict=True)
+    with progress("Target's text, batches", len(batches), show_progress) as shown:
+        for batch in batches:
+            written = _continue_batch(target, [prompts[index] for index in batch], new_tokens, min_new_tokens)
+            samples |= zip(batch, written, strict=True)
+            shown.advance(tokens=sum(map(len, written)) - sum(len(prompts[index]) for index in batch))
     return [samples[index] for index in range(len(prompts))]
 
 

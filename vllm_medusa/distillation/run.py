@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vllm_medusa.data.prompts import Prompt, read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, Source, without_directories
-from vllm_medusa.distillation.dialogue import Dialogue, PromptStyle, Sampling, Target
+from vllm_medusa.distillation.dialogue import Answer, Dialogue, PromptStyle, Sampling, Target
 from vllm_medusa.distillation.manifest import Counts, Manifest
-from vllm_medusa.distillation.progress import generation_progress
+from vllm_medusa.distillation.raw_text import WrittenText
 from vllm_medusa.distillation.self_prompts import PROMPTS_DIRECTORY, SelfPrompts
 from vllm_medusa.files import replaced_file, sha256_of
+from vllm_medusa.progress import progress
 
 
 class DistillConfig(BaseModel):
@@ -72,7 +73,7 @@ def distill(
         target: the model.
         bad_lines: refuses or counts lines without a prompt, and prompts that the target refuses.
         command: kept in the manifest.
-        show_progress: whether to draw a progress bar.
+        show_progress: whether to show progress.
         self_prompts: lets the target write the prompts too, into files in ``output / "prompts"``, as they are needed.
 
     Returns:
@@ -96,20 +97,27 @@ def distill(
         return manifest
     shards = [shard_path(output, number) for number in range(math.ceil(num_prompts / config.shard_size))]
     engine = nullcontext() if all(shard.exists() for shard in shards) else target.running()
-    with engine, generation_progress("Prompts", num_prompts, show_progress) as progress:
+    with engine, progress("Prompts", num_prompts, show_progress) as shown:
+
+        def answered(dialogue: Dialogue, answer: Answer) -> None:
+            shown.advance(steps=0 if dialogue.is_open else 1, tokens=answer.num_tokens)
+
+        def wrote(text: WrittenText) -> None:
+            shown.advance(steps=0, tokens=text.num_tokens)
+
         sources: Iterable[Path] = files
         if self_prompts is not None:
             directory = output / PROMPTS_DIRECTORY
-            sources = self_prompts.write(directory, target, config.seed, config.shard_size, progress.wrote)
+            sources = self_prompts.write(directory, target, config.seed, config.shard_size, wrote)
         for shard, (first, group) in zip(shards, _groups(sources, config.shard_size), strict=True):
             if not shard.exists():
                 dialogues = [
                     Dialogue(source, number, prompt, config.style or PromptStyle.CHAT, config.sampling, bad_lines)
                     for number, (source, prompt) in enumerate(group, start=first)
                 ]
-                target.converse(dialogues, progress.answered)
+                target.converse(dialogues, answered)
                 _write(shard, dialogues)
-            progress.reach(first + len(group))
+            shown.skip_to(first + len(group))  # Past those of an earlier run, and those without an answer.
     finished = manifest.model_copy(
         update={
             "finished": True,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import track
 
 from vllm_medusa.checkpoint.format import read_spec, read_state
 from vllm_medusa.checkpoint.target import check_sizes
 from vllm_medusa.data.packing import IGNORED, Sample
+from vllm_medusa.progress import progress
 from vllm_medusa.training.accuracy import score_heads
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
@@ -77,7 +77,7 @@ def evaluate_heads(
         samples: texts, with labels on the tokens that the target wrote.
         ranks: how many of each head's most probable tokens are counted.
         batch_size: texts per batch.
-        show_progress: whether to draw a progress bar.
+        show_progress: whether to show progress.
 
     Raises:
         ValueError: all texts are too short for a head.
@@ -86,11 +86,13 @@ def evaluate_heads(
     hits = torch.zeros(heads.spec.num_heads, ranks, dtype=torch.int64)
     positions = torch.zeros(heads.spec.num_heads, dtype=torch.int64)
     batches = list(_batches(samples, batch_size))
-    for tokens, labels in track(batches, "Heads' accuracy", disable=not show_progress):
-        hidden = final_hidden_states(target, tokens.to(target.device))
-        scores = score_heads(heads, hidden, labels.to(hidden.device), ranks)
-        hits += scores.hits.sum(dim=0).cpu()
-        positions += scores.positions.sum(dim=0).cpu()
+    with progress("Heads' accuracy, batches", len(batches), show_progress) as shown:
+        for tokens, labels in batches:
+            hidden = final_hidden_states(target, tokens.to(target.device))
+            scores = score_heads(heads, hidden, labels.to(hidden.device), ranks)
+            hits += scores.hits.sum(dim=0).cpu()
+            positions += scores.positions.sum(dim=0).cpu()
+            shown.advance(tokens=tokens.numel())
     if not positions.all():
         head = int((positions == 0).nonzero()[0]) + 1
         raise ValueError(

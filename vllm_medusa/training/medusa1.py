@@ -114,7 +114,7 @@ def train_medusa1(
         blocks: ``[blocks, length]``, int64: the token ids to train on.
         held_out: ``[blocks, length]``, int64: the token ids to evaluate on.
         config: the settings.
-        show_progress: whether to draw a progress bar.
+        show_progress: whether to show progress.
 
     Raises:
         ValueError: no heads can be trained on the target.

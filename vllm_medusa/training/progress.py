@@ -1,51 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress bar of training loops."""
+"""The progress of a ``transformers.Trainer``."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-
-@contextmanager
-def training_progress(title: str, steps: int, visible: bool = True, done: int = 0) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar that starts at step ``done``; call the yielded function with each step's loss."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not visible) as progress:
-        task = progress.add_task(title, total=steps, completed=done, loss=float("nan"))
-        smoothed = float("nan")
-
-        def report(loss: float) -> None:
-            nonlocal smoothed
-            smoothed = loss if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * loss
-            progress.update(task, advance=1, loss=smoothed)
-
-        yield report
+from vllm_medusa.progress import progress
 
 
-class ProgressBar(TrainerCallback):
-    """The progress bar of a ``transformers.Trainer``, with the last logged loss."""
+class TrainingProgress(TrainerCallback):
+    """Shows steps with the last logged loss, and the tokens of all devices."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._open = ExitStack()
-        self._loss = float("nan")
+        self._loss: float | None = None
+        self._tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """Count the tokens of the step that begins."""
+        self._tokens = tokens
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report = self._open.enter_context(
-            training_progress(self.title, state.max_steps, state.is_world_process_zero, state.global_step)
+        self._shown = self._open.enter_context(
+            progress(self.title, state.max_steps, state.is_world_process_zero, state.global_step)
         )
 
     def on_log(
@@ -54,8 +35,8 @@ class ProgressBar(TrainerCallback):
         self._loss = logs.get("loss", self._loss)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._report(self._loss)
+        self._shown.advance(tokens=self._tokens, loss=self._loss)
 
     def close(self) -> None:
-        """Remove the bar, also after an error in training."""
+        """End what is shown, also after an error in training."""
         self._open.close()

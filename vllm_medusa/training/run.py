@@ -42,7 +42,7 @@ def run_training(
     Args:
         config: the settings.
         command: the user's command, kept beside the heads.
-        show_progress: whether to draw a progress bar.
+        show_progress: whether to show progress.
         callbacks: further callbacks of ``transformers.Trainer``.
 
     Returns:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import Recipe
 from vllm_medusa.training.losses import LabelCounts, count_labels
-from vllm_medusa.training.progress import ProgressBar
+from vllm_medusa.training.progress import TrainingProgress
 from vllm_medusa.training.schedule import cosine_with_warmup
 from vllm_medusa.training.write_errors import explain_write_errors
 
@@ -87,7 +87,7 @@ class MedusaTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.recipe = recipe
-        self._progress = ProgressBar("Medusa heads")
+        self._progress = TrainingProgress("Medusa heads, steps")
         self._checkpoint_root: Path | None = None
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         super().__init__(
@@ -156,6 +156,7 @@ class MedusaTrainer(Trainer):
         The counts are those of all devices divided by the number of devices, since devices' gradients are averaged.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._progress.count(sum(batch["input_ids"].numel() for batch in batches) * self.args.world_size)
         counted = torch.zeros(1 + self.recipe.num_heads, device=device)
         for batch in batches:
             counted += count_labels(batch["labels"].to(device), self.recipe.num_heads)

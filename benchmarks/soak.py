@@ -105,9 +105,8 @@ def soak(
                 break
             for name, contender in contenders.items():
                 curves[name].append(contender.ask(asked))
+            write_results(curves, output / "memory.json")
     print_table(curves)
-    details = {"machine": machine(), "versions": installed_versions(), "command": " ".join(["python", *sys.argv])}
-    write_json(output / "memory.json", {**details, "curves": {n: [asdict(m) for m in c] for n, c in curves.items()}})
     draw(curves, output / "memory.png")
 
 
@@ -214,6 +213,12 @@ def print_table(curves: dict[str, list[Memory]]) -> None:
     table.add_row("per 1,000, 2nd half", *(f"{growth(curve):+.1f}" for curve in curves.values()))
     table.add_row("Python objects", *(f"{c[len(c) // 2].objects} → {c[-1].objects}" for c in curves.values()))
     Console().print(table)
+
+
+def write_results(curves: dict[str, list[Memory]], path: Path) -> None:
+    """Write what is measured so far."""
+    details = {"machine": machine(), "versions": installed_versions(), "command": " ".join(["python", *sys.argv])}
+    write_json(path, {**details, "curves": {name: [asdict(each) for each in curve] for name, curve in curves.items()}})
 
 
 def draw(curves: dict[str, list[Memory]], path: Path) -> None:

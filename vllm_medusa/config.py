@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
 from vllm_medusa.checkpoint.hub import require_name
-from vllm_medusa.checkpoint.served import check_directory, weight_files
+from vllm_medusa.checkpoint.served import check_directory
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER, WORKERS
 from vllm_medusa.messages import shortened, shortened_message
 from vllm_medusa.tree.dynamic import DynamicTree
@@ -289,18 +289,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
     """Refuse what only the whole engine's configuration shows, before any weight is loaded.
 
     Raises:
-        ValueError: the heads' weights are missing; or the tree branches, and the engine quantises its KV cache or
-            hands it on while a step runs.
+        ValueError: the tree branches, and the engine quantises its KV cache or hands it on while a step runs.
 
     """
     options = medusa_config(vllm_config)
     assert options is not None
-    directory = Path(options.draft_model_config.model)
-    if vllm_config.load_config.load_format != "dummy" and directory.is_dir() and not weight_files(directory):
-        raise ValueError(
-            f"speculative_config: {str(directory)!r} holds no weights of heads; it is incomplete, give a directory "
-            "with a .safetensors file"
-        )
     if not options.tree.branches:
         return
     dtype = vllm_config.cache_config.cache_dtype

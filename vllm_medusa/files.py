@@ -47,6 +47,17 @@ class WriteError(OSError):
         return f"{self.filename} cannot be written ({self.reason}); {ADVICE}"
 
 
+def require_writable(path: Path) -> None:
+    """Raise ``WriteError`` if no file can be made where ``path`` is to be written, or if a directory is there."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise WriteError(path, error) from error
+
+
 @contextmanager
 def replaced_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary directory that replaces ``directory`` at the end; after an error it is deleted instead.

@@ -32,11 +32,18 @@ def register() -> None:
 
 
 def _make_config(
-    options: dict[str, Any], target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+    options: dict[str, Any],
+    target_model_config: ModelConfig,
+    target_parallel_config: ParallelConfig,
+    load_format: str,
 ) -> SpeculativeConfig:
+    from vllm_medusa.checkpoint.served import require_weights
     from vllm_medusa.config import MedusaSpeculativeConfig
 
-    return MedusaSpeculativeConfig.from_options(options, target_model_config, target_parallel_config)
+    config = MedusaSpeculativeConfig.from_options(options, target_model_config, target_parallel_config)
+    if load_format != "dummy":
+        require_weights(config.draft_model_config.model)
+    return config
 
 
 def _is_medusa(speculative_config: SpeculativeConfig) -> bool:

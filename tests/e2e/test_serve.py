@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e.server import MODEL, Server, command, environment, free_port, serve
+from tests.integration.distillation import write_chat_target
 from tests.integration.engines import engine
+from tests.unit.refusals.heads import malicious
 
 TOKENS = 24
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -26,6 +30,27 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 """Parameters that the API and ``SamplingParams`` name alike."""
 
+DIALOGUE: list[Any] = [
+    {"role": "system", "content": "Python."},
+    {"role": "user", "content": "def add(x, y):"},
+    {"role": "assistant", "content": "return x + y"},
+    {"role": "user", "content": "class Point:"},
+]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain decoding says, by the name of the request: to each prompt, and to the dialogue."""
+
+    texts: dict[str, list[str]]
+    chats: dict[str, str | None]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target with a chat template."""
+    return write_chat_target(tiny_target, tmp_path_factory.mktemp("chat") / "target")
+
 
 @pytest.fixture(scope="module")
 def prompts(held_out_prompts: list[list[int]]) -> list[list[int]]:
@@ -33,28 +58,29 @@ def prompts(held_out_prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def plain_texts(tiny_target: Path, prompts: list[list[int]]) -> dict[str, list[str]]:
-    """What plain decoding says to each prompt, by the name of the request."""
-    with engine(tiny_target, skip_tokenizer_init=False, max_model_len=256) as llm:
+def plain(target: Path, prompts: list[list[int]]) -> Plain:
+    with engine(target, skip_tokenizer_init=False, max_model_len=256) as llm:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return {
-            name: [
-                output.outputs[0].text
-                for output in llm.generate(requests, SamplingParams(max_tokens=TOKENS, **params), use_tqdm=False)
-            ]
-            for name, params in REQUESTS.items()
-        }
+        parameters = {name: SamplingParams(max_tokens=TOKENS, **params) for name, params in REQUESTS.items()}
+        return Plain(
+            {
+                name: [output.outputs[0].text for output in llm.generate(requests, each, use_tqdm=False)]
+                for name, each in parameters.items()
+            },
+            {name: llm.chat(DIALOGUE, each, use_tqdm=False)[0].outputs[0].text for name, each in parameters.items()},
+        )
 
 
 @pytest.fixture(scope="module")
-def server(
-    tiny_target: Path,
-    tiny_heads: Path,
-    plain_texts: dict[str, list[str]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
+def plain_texts(plain: Plain) -> dict[str, list[str]]:
+    return plain.texts
+
+
+@pytest.fixture(scope="module")
+def server(target: Path, tiny_heads: Path, plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server, started after the engine in this process is closed."""
     medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": [3, 2, 1]}
-    with serve(tiny_target, medusa, tmp_path_factory.mktemp("serve")) as server:
+    with serve(target, medusa, tmp_path_factory.mktemp("serve")) as server:
         yield server
 
 
@@ -77,6 +103,19 @@ def test_a_stream_adds_up_to_what_plain_decoding_says(
     pieces = [chunk.choices[0].text for chunk in stream]
     assert "".join(pieces) == plain_texts[name][3]
     assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_chat_and_its_stream_are_what_plain_decoding_says(server: Server, plain: Plain, name: str) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": DIALOGUE, "max_tokens": TOKENS, **REQUESTS[name]}
+    before = server.counters()["drafts"]
+    answer = server.client.chat.completions.create(**request)
+    assert answer.choices[0].message.content == plain.chats[name]
+    pieces = [
+        chunk.choices[0].delta.content or "" for chunk in server.client.chat.completions.create(**request, stream=True)
+    ]
+    assert "".join(pieces) == plain.chats[name]
+    assert server.counters()["drafts"] > before
 
 
 def test_usage_counts_the_prompt_and_every_emitted_token(server: Server, prompts: list[list[int]]) -> None:
@@ -158,17 +197,35 @@ def test_a_client_that_leaves_a_stream_leaves_the_others_alone(
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_a_wrong_option_ends_the_start_with_its_one_line(tiny_target: Path, tiny_heads: Path, tmp_path: Path) -> None:
-    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": [2, 2, 1, 1, 1]}
+def failed_start(target: Path, medusa: dict[str, Any], directory: Path) -> str:
+    """Return the last line of a server that does not start."""
     done = subprocess.run(
-        command(tiny_target, medusa, free_port()),
-        env=environment(tmp_path),
+        command(target, medusa, free_port()),
+        cwd=directory,
+        env=environment(directory),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == (
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_a_wrong_option_ends_the_start_with_its_one_line(tiny_target: Path, tiny_heads: Path, tmp_path: Path) -> None:
+    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": [2, 2, 1, 1, 1]}
+    assert failed_start(tiny_target, medusa, tmp_path) == (
         "ValueError: medusa_tree: path [0, 0, 0, 0, 0] is 5 deep, but there are 4 heads; give paths of at most 4 ranks"
     )
+
+
+def test_heads_that_are_a_malicious_pickle_end_the_start_and_nothing_of_them_is_run(
+    tiny_target: Path, tiny_heads: Path, tmp_path: Path
+) -> None:
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    shutil.copy(tiny_heads / "config.json", heads)
+    malicious(heads / "pytorch_model.bin")
+    line = failed_start(tiny_target, {"method": "medusa", "model": str(heads)}, tmp_path)
+    assert line.startswith("ValueError: speculative_config: model: ")
+    assert str(heads / "pytorch_model.bin") in line
+    assert not (tmp_path / "was-run").exists()

@@ -13,7 +13,14 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 RUNS = {
-    "v2": ["test_exactness.py", "test_sampling.py", "test_logprobs.py", "test_worker_life.py", "test_plugin_off.py"],
+    "v2": [
+        "test_exactness.py",
+        "test_sampling.py",
+        "test_logprobs.py",
+        "test_worker_life.py",
+        "test_plugin_off.py",
+        "../unit/refusals/test_refusals.py",
+    ],
     "v2 async": ["test_scheduler_life.py"],
     "v2 cuda triton": ["../rehearsal/test_cuda_worker.py"],
     "v2 cuda flash async": ["../rehearsal/test_graphs.py", "../rehearsal/test_cuda_worker.py"],

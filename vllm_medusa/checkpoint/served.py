@@ -31,11 +31,19 @@ def check_directory(directory: Path) -> None:
         raise ValueError(f"{path} has no num_heads, so it is not of heads; give the heads' own directory")
     if (directory / SAFE_WEIGHTS_INDEX_NAME).exists():
         indexed_files(directory / SAFE_WEIGHTS_INDEX_NAME)
-    for file in weight_files(directory):
+    for file in _weight_files(directory):
         WeightFile(file).names()
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return a directory's weight files; they may be all that an engine with dummy weights lacks."""
+def require_weights(heads: str) -> None:
+    """Raise ``ValueError`` if heads are a directory without weights, as only an engine with dummy weights takes."""
+    if Path(heads).is_dir() and not _weight_files(Path(heads)):
+        raise ValueError(
+            f"speculative_config: {heads!r} holds no weights of heads; it is incomplete, give a directory with a "
+            ".safetensors file"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
     found = (sorted(directory.glob(pattern)) for pattern in PATTERNS)
     return next((files for files in found if files), [])

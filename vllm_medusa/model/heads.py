@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_medusa.checkpoint.config import MedusaHeadsConfig
 from vllm_medusa.checkpoint.format import check_dtype, dtype_name
 from vllm_medusa.checkpoint.published import HeadTensor
+from vllm_medusa.messages import some_of
 from vllm_medusa.model.lm_heads import OwnLMHeads, TargetLMHead
 from vllm_medusa.tree.options import Tree
 
@@ -186,7 +187,7 @@ class MedusaHeads(nn.Module):
                 )
         if missing:
             raise ValueError(
-                f"the heads' checkpoint lacks {min(missing)!r} and {len(missing) - 1} more, but its config names "
+                f"the heads' checkpoint lacks {some_of(sorted(missing), 1)}, but its config names "
                 f"{self.config.num_heads} heads of {self.config.num_hidden_layers} layers; correct config.json"
             )
         return set(parameters)

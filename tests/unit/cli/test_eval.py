@@ -74,12 +74,15 @@ def test_a_bad_line_is_refused_or_on_demand_skipped(models: Path, tmp_path: Path
         (["--model", "missing"], "missing is neither a directory nor a repository"),
         (["--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["--output", "missing/eval.json"], "missing/eval.json cannot be written, there is no directory missing"),
+        (["--output", "/sys/eval.json"], "/sys/eval.json cannot be written ("),
+        (["--plot", "/sys"], "/sys cannot be written (Is a directory)"),
         (["--style", "chat"], "has no chat template"),
     ],
 )
 def test_an_error_is_one_line_and_exits_with_2(models: Path, arguments: list[object], message: str) -> None:
     result = evaluate(models, models / "heads", *arguments)
     assert result.exit_code == 2
+    assert result.stdout == ""
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert message in result.stderr

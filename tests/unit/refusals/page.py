@@ -22,6 +22,7 @@ INTRODUCTION = f"""# Wrong inputs, and the line that each gets
 
 What is wrong is refused before work begins, in one line that names the setting or file, its value and what is allowed.
 {PLACE} stands for a directory. Pickles are read as tensors only: nothing that a file asks for is run.
+Ctrl-C ends a command with one line too, and status 130; nothing half-written is left under its final name.
 
 This page is written from the tests that check it (`tests/unit/refusals`):
 `python -m tests.unit.refusals.page` writes it anew, and `make test` compares.

@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 
 from tests.unit.refusals.case import Case
+from tests.unit.refusals.options import ENGINES, OPTIONS
 from tests.unit.refusals.page import PAGE, SECTIONS, page, row
 
-CASES = [case for section in SECTIONS for case in section.cases]
+OF_ENGINES = (OPTIONS, ENGINES)
+"""What an engine refuses, on either model runner."""
+
+CASES = [
+    pytest.param(case, id=case.given[:60], marks=[pytest.mark.both_runners] if section in OF_ENGINES else [])
+    for section in SECTIONS
+    for case in section.cases
+]
 
 STALE = "docs/errors.md says otherwise; write it anew with python -m tests.unit.refusals.page"
 
@@ -18,7 +26,7 @@ def rows() -> list[str]:
     return PAGE.read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.given[:60] for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_a_wrong_input_is_refused_in_one_line_that_names_it_as_the_page_says(
     case: Case, tmp_path: Path, rows: list[str]
 ) -> None:

@@ -135,7 +135,7 @@ def test_families_agree_on_what_enters_the_lm_head(tmp_path, family):
     write_heads(tmp_path / "heads", result.heads.spec, result.heads.state_dict())
     with torch.no_grad():
         again = score_heads(result.heads, final_hidden_states(target, own[:16]), own[:16], 1)
-    figures = HeldOut.of(again.hits.numpy(), again.losses.numpy(), again.positions.numpy())
+    figures = HeldOut.of(again.hits.numpy(), again.losses.numpy(), again.positions.numpy(), again.drafted.numpy())
     assert min(figures.top1) > 0.05
     assert_parity(tmp_path / "target", tmp_path / "heads", prompts[:6].tolist())
 

@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_medusa.data.dataset import load_blocks
+from vllm_medusa.training.cached_blocks import cached_blocks
 from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.draft_vocabulary import DraftVocabulary, count_tokens
 from vllm_medusa.training.hidden import lm_head_of
 from vllm_medusa.training.load import load_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2, Medusa2Trainer
 from vllm_medusa.training.results import (
+    Coverage,
     HeldOutBefore,
     TrainResult,
     check_same_run,
@@ -26,7 +29,7 @@ from vllm_medusa.training.results import (
     write_run,
     write_target_of,
 )
-from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
+from vllm_medusa.training.trainer import Blocks, MedusaTrainer, training_arguments
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 
@@ -60,13 +63,18 @@ def run_training(
     training, held_out = load_data(config, load_tokenizer(config))
     target = load_target(config)
     set_seed(config.seed)  # LoRA's weights are initialised at random.
-    dtype = lm_head_of(target).weight.dtype
+    dtype, vocab_size = lm_head_of(target).weight.dtype, len(lm_head_of(target).weight)
+    vocabulary, coverage = choose_vocabulary(config, training, held_out, vocab_size)
     model: Medusa1 | Medusa2
     if config.method == "medusa1":
-        model = Medusa1(target, config)
-        trainer = MedusaTrainer(model, config, arguments, training, held_out, show_progress, callbacks)
+        model = Medusa1(target, config, vocabulary, config.heads_loss)
+        blocks: tuple[Blocks, Blocks] = training, held_out
+        if config.cache_hidden:
+            blocks = cached_blocks(config, target, arguments.device, (training, held_out), show_progress)
+            model.release_target()
+        trainer = MedusaTrainer(model, config, arguments, *blocks, show_progress, callbacks)
     else:
-        model = Medusa2(target, config)
+        model = Medusa2(target, config, vocabulary, config.heads_loss)
         trainer = Medusa2Trainer(model, config, arguments, training, held_out, show_progress, callbacks)
     if trainer.is_world_process_zero():
         if config.resume == "never":
@@ -85,6 +93,7 @@ def run_training(
             after=after,
             before=HeldOutBefore.of(trainer.state.log_history) if isinstance(model, Medusa2) else None,
             target=write_target_of(config, model, state) if isinstance(model, Medusa2) else None,
+            coverage=coverage,
         )
         result.write()
     trainer.accelerator.wait_for_everyone()
@@ -108,6 +117,17 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     test_size = max(1, round(config.held_out_share * len(blocks)))
     split = blocks.train_test_split(test_size=test_size, seed=config.seed)
     return split["train"], split["test"]
+
+
+def choose_vocabulary(
+    config: TrainConfig, training: datasets.Dataset, held_out: datasets.Dataset, vocab_size: int
+) -> tuple[DraftVocabulary | None, Coverage | None]:
+    """Return the draft vocabulary and how much of the text it covers; None if all tokens can be drafted."""
+    if config.draft_vocab is None:
+        return None, None
+    counts = [count_tokens((each["labels"] for each in part.iter(1024)), vocab_size) for part in (training, held_out)]
+    vocabulary = DraftVocabulary.most_frequent(config.draft_vocab, counts[0])
+    return vocabulary, Coverage(config.draft_vocab, *map(vocabulary.coverage, counts))
 
 
 def _check_size(blocks: datasets.Dataset, least: int, name: str, config: TrainConfig) -> None:

@@ -39,7 +39,7 @@ def by_hand(states: torch.Tensor, lm_head: torch.Tensor, expected: Expected) -> 
         q = torch.cat([named, 1 - named.sum()[None]])
         kept = p > 1e-6
         mass = p.sum()
-        total = total + weight * mass * (p / mass * (p / mass / q).log())[kept].sum()
+        total = total + weight * (p[kept] * (p[kept] / mass / q[kept]).log()).sum()
     return total
 
 

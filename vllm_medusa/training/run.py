@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -61,21 +63,9 @@ def run_training(
     if config.resume == "auto" and _last_checkpoint(checkpoints) is not None:
         check_same_run(config)
     training, held_out = load_data(config, load_tokenizer(config))
-    target = load_target(config)
-    set_seed(config.seed)  # LoRA's weights are initialised at random.
-    dtype, vocab_size = lm_head_of(target).weight.dtype, len(lm_head_of(target).weight)
-    vocabulary, coverage = choose_vocabulary(config, training, held_out, vocab_size)
-    model: Medusa1 | Medusa2
-    if config.method == "medusa1":
-        model = Medusa1(target, config, vocabulary, config.heads_loss)
-        blocks: tuple[Blocks, Blocks] = training, held_out
-        if config.cache_hidden:
-            blocks = cached_blocks(config, target, arguments.device, (training, held_out), show_progress)
-            model.release_target()
-        trainer = MedusaTrainer(model, config, arguments, *blocks, show_progress, callbacks)
-    else:
-        model = Medusa2(target, config, vocabulary, config.heads_loss)
-        trainer = Medusa2Trainer(model, config, arguments, training, held_out, show_progress, callbacks)
+    task = prepare(config, training, held_out, arguments.device, show_progress)
+    model, trainer_class = task.model, Medusa2Trainer if config.method == "medusa2" else MedusaTrainer
+    trainer = trainer_class(model, config, arguments, task.training, task.held_out, show_progress, callbacks)
     if trainer.is_world_process_zero():
         if config.resume == "never":
             shutil.rmtree(checkpoints)
@@ -86,18 +76,60 @@ def run_training(
     state = trainer.trained_state()
     result = None
     if trainer.is_world_process_zero():
-        write_heads_of(config, model, state, after, dtype)
+        write_heads_of(config, model, state, after, task.dtype)
         result = TrainResult(
             output=config.output,
             steps=trainer.state.global_step,
             after=after,
             before=HeldOutBefore.of(trainer.state.log_history) if isinstance(model, Medusa2) else None,
             target=write_target_of(config, model, state) if isinstance(model, Medusa2) else None,
-            coverage=coverage,
+            coverage=task.coverage,
         )
         result.write()
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained, and on what.
+
+    Attributes:
+        model: the heads and, unless its outputs are kept on disk, their target.
+        training: the blocks to train on.
+        held_out: the blocks to evaluate on.
+        dtype: the dtype of the target's LM head, in which heads are written.
+        coverage: how much of the text can be drafted; None if all tokens can.
+
+    """
+
+    model: Medusa1 | Medusa2
+    training: Blocks
+    held_out: Blocks
+    dtype: torch.dtype
+    coverage: Coverage | None
+
+
+def prepare(
+    config: TrainConfig,
+    training: datasets.Dataset,
+    held_out: datasets.Dataset,
+    device: torch.device,
+    show_progress: bool,
+) -> Task:
+    """Load the target, make its heads and, if the settings say so, keep its outputs; raises as ``run_training``."""
+    target = load_target(config)
+    set_seed(config.seed)  # LoRA's weights are initialised at random.
+    weight = lm_head_of(target).weight
+    vocabulary, coverage = choose_vocabulary(config, training, held_out, len(weight))
+    if config.method == "medusa2":
+        return Task(Medusa2(target, config, vocabulary, config.heads_loss), training, held_out, weight.dtype, coverage)
+    model = Medusa1(target, config, vocabulary, config.heads_loss)
+    if not config.cache_hidden:
+        return Task(model, training, held_out, weight.dtype, coverage)
+    cached = cached_blocks(config, target, device, (training, held_out), show_progress)
+    model.release_target()
+    return Task(model, *cached, weight.dtype, coverage)
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset]:

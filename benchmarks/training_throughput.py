@@ -59,14 +59,14 @@ class Figures:
 
 def ways(draft_vocab: int, cache: Path, before: Path | None) -> list[Way]:
     cached, kept = {"cache_hidden": True, "cache_directory": str(cache)}, {"draft_vocab": draft_vocab}
-    some = f"{draft_vocab:,} tokens drafted"
+    some = f"{draft_vocab:,} tokens"
     return [
         *([Way("the version before", {}, True, before)] if before else []),
         Way("no option", {}, True),
         Way("hidden states kept", cached, True),
-        Way(some, kept, False),
-        Way(f"hidden states kept, {some}", cached | kept, False),
-        Way(f"the same, KL for hard labels ({some})", cached | kept | {"heads_loss": "kl"}, False),
+        Way(f"draft vocabulary of {some}", kept, False),
+        Way(f"both, {some}", cached | kept, False),
+        Way(f"both, {some}, loss KL", cached | kept | {"heads_loss": "kl"}, False),
     ]
 
 

@@ -175,7 +175,10 @@ class TrainConfig(Medusa2Recipe):
                 "states change; use method 'medusa1'"
             )
         if self.cache_directory is not None and not self.cache_hidden:
-            raise ValueError(f"cache_directory is for cache_hidden, got {str(self.cache_directory)!r} without it")
+            raise ValueError(
+                f"cache_directory is a setting of cache_hidden, got {str(self.cache_directory)!r} without it; "
+                "set cache_hidden, or leave cache_directory out"
+            )
         if self.quantization != "none" and self.method == "medusa2" and self.target_training == "full":
             raise ValueError(
                 f"quantization must be 'none' with target_training 'full', got {self.quantization!r}: quantized "

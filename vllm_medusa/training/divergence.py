@@ -96,8 +96,11 @@ class _LinearDivergence(Function):
                 if of_states is not None:
                     of_states[chunk] = (gradient @ matrix).float() * factors
                 if of_lm_head is not None:
-                    product = gradient.T @ (inputs * (factors / scale).to(dtype))
-                    of_lm_head.add_(product, alpha=float(scale))
+                    scaled = inputs * (factors / scale).to(dtype)
+                    if dtype == lm_head.dtype:
+                        of_lm_head.addmm_(gradient.T, scaled, alpha=float(scale))
+                    else:
+                        of_lm_head.add_(gradient.T @ scaled, alpha=float(scale))
         ctx.save_for_backward(of_states, of_lm_head)
         return total
 

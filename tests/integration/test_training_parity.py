@@ -15,13 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from tests.integration.engines import engine, greedy, model_runner
 from tests.unit.tiny_targets import all_logits
-from vllm_medusa.checkpoint.format import read_spec, read_state, write_heads
+from vllm_medusa.checkpoint.format import read_spec, write_heads
+from vllm_medusa.evaluation.measure import load_heads
+from vllm_medusa.model.heads import MedusaHeads
 from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import Medusa1Config, TrainConfig
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.load import load_target
 from vllm_medusa.training.medusa1 import train_medusa1
+from vllm_medusa.training.results import TrainResult
 from vllm_medusa.training.run import run_training
 
 NEW_TOKENS = 64
@@ -78,7 +81,7 @@ def watched_heads(llm) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watch(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], blocks: torch.Tensor) -> None:
-        calls.append((inputs[0].clone(), heads.compute_logits(blocks).argmax(-1).T.clone()))
+        calls.append((inputs[0].clone(), drafted(heads, heads.compute_logits(blocks)).T))
 
     handle = heads.register_forward_hook(watch)
     try:
@@ -87,23 +90,22 @@ def watched_heads(llm) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
         handle.remove()
 
 
-def trained_heads(directory: Path) -> TrainableHeads:
-    state = read_state(directory)
-    heads = TrainableHeads(read_spec(directory), state["lm_heads.0.weight"])
-    heads.load_state_dict(state)
-    return heads
+def drafted(heads: MedusaHeads | TrainableHeads, logits: torch.Tensor) -> torch.Tensor:
+    """Return the heads' most probable tokens."""
+    rows = logits.argmax(-1)
+    return rows if heads.token_map is None else heads.token_map[rows]
 
 
 def assert_parity(target_directory: Path, heads_directory: Path, prompts: list[list[int]]) -> None:
     settings = {"target": str(target_directory), "data": ["unused"], "output": "unused", "dtype": "float32"}
     target = load_target(TrainConfig(**settings)).eval()
-    heads = trained_heads(heads_directory)
+    heads = load_heads(heads_directory, target_directory, target)
     agreeing = positions = 0
     hits = torch.zeros(2, heads.spec.num_heads)
     for seen in decode_watched(target_directory, heads_directory, prompts):
         with torch.no_grad():
             hidden = final_hidden_states(target, seen.tokens[None])[0]
-            choices = all_logits(heads, hidden).argmax(-1).T
+            choices = drafted(heads, all_logits(heads, hidden)).T
         here = seen.positions
         torch.testing.assert_close(seen.hidden, hidden[here], rtol=1e-3, atol=1e-3)
         agreeing += int((seen.choices == choices[here]).sum())
@@ -135,21 +137,37 @@ def test_families_agree_on_what_enters_the_lm_head(tmp_path, family):
     write_heads(tmp_path / "heads", result.heads.spec, result.heads.state_dict())
     with torch.no_grad():
         again = score_heads(result.heads, final_hidden_states(target, own[:16]), own[:16], 1)
-    figures = HeldOut.of(again.hits.numpy(), again.losses.numpy(), again.positions.numpy())
+    figures = HeldOut.of(again.hits.numpy(), again.losses.numpy(), again.positions.numpy(), again.drafted.numpy())
     assert min(figures.top1) > 0.05
     assert_parity(tmp_path / "target", tmp_path / "heads", prompts[:6].tolist())
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_of_a_draft_vocabulary_are_served_as_they_were_trained(tmp_path, tiny_target, held_out_prompts, shared):
+    """They learn the target's distribution from kept states."""
+    options = {"draft_vocab": 200, "shared_lm_head": shared, "heads_loss": "kl", "cache_hidden": True}
+    heads = trained(tiny_target, held_out_prompts, tmp_path, **options, steps=20, learning_rate=3e-3).heads
+    assert read_spec(heads).draft_vocab_size == 200
+    assert_parity(tiny_target, heads, held_out_prompts[:6])
+
+
 def test_what_medusa_2_writes_is_served_as_it_was_trained(tmp_path, tiny_target, held_out_prompts):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_target)
-    texts = [{"text": tokenizer.decode(prompt)} for prompt in held_out_prompts[6:70]]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    settings = {"method": "medusa2", "steps": 6, "warmup_steps": 1, "block_length": 64, "num_heads": 2}
-    files = {"target": str(tiny_target), "data": [tmp_path / "texts.jsonl"], "output": tmp_path / "out"}
-    result = run_training(TrainConfig(**files, **settings, heads_weight_schedule="constant"), [], show_progress=False)
-    assert result is not None
+    options = {"method": "medusa2", "steps": 6, "heads_weight_schedule": "constant"}
+    result = trained(tiny_target, held_out_prompts, tmp_path, **options)
     assert result.target is not None
     assert_parity(result.target, result.heads, held_out_prompts[:6])
+
+
+def trained(target: Path, prompts: list[list[int]], directory: Path, **options: object) -> TrainResult:
+    """Train two heads on prompts that parity is not judged on."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    texts = [{"text": tokenizer.decode(prompt)} for prompt in prompts[6:70]]
+    (directory / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    files = {"target": str(target), "data": [directory / "texts.jsonl"], "output": directory / "out"}
+    settings = {"warmup_steps": 1, "block_length": 64, "num_heads": 2}
+    result = run_training(TrainConfig(**files, **settings, **options), [], show_progress=False)
+    assert result is not None
+    return result
 
 
 def random_target(family: str):

@@ -20,6 +20,9 @@ from vllm_medusa.messages import shortened, some_of
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
+TOKEN_MAP = "token_map"
+"""The tensor ``[draft_vocab_size]`` of integers that names the target's token of each row of the heads' LM heads."""
+
 TO_CONVERT = "convert published heads with vllm-medusa convert"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,9 +40,11 @@ class HeadsSpec:
         num_layers: residual layers ``x + SiLU(Linear(x))`` per head.
         fc_bias: whether those linear layers have a bias.
         shared_lm_head: whether all heads use one copy of the target's LM head instead of one LM head each.
+        draft_vocab_size: tokens that the heads can draft, the rows of their LM heads, fewer than ``vocab_size``; the
+            tensor ``token_map`` says which tokens these are. None: all.
 
     Raises:
-        ValueError: a size is not a positive integer.
+        ValueError: a size is not a positive integer, or the draft vocabulary is not smaller than the vocabulary.
 
     """
 
@@ -49,12 +54,23 @@ class HeadsSpec:
     num_layers: int = 1
     fc_bias: bool = True
     shared_lm_head: bool = False
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size must be within 1..{self.vocab_size - 1} (the target has {self.vocab_size} tokens), "
+                f"got {self.draft_vocab_size}; leave it out to draft all tokens"
+            )
+
+    @property
+    def lm_head_rows(self) -> int:
+        """Tokens that the heads can draft."""
+        return self.draft_vocab_size or self.vocab_size
 
     def to_config(self) -> dict[str, Any]:
         """Return the entries of ``config.json``, under vLLM's names."""
@@ -63,7 +79,7 @@ class HeadsSpec:
             "architectures": ["MedusaModel"],
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
-            "truncated_vocab_size": self.vocab_size,
+            "truncated_vocab_size": self.lm_head_rows,
             "num_heads": self.num_heads,
             "num_hidden_layers": self.num_layers,
             "medusa_fc_bias": self.fc_bias,
@@ -75,7 +91,7 @@ class HeadsSpec:
         """Read the entries of a ``config.json``; optional ones have vLLM's defaults.
 
         Raises:
-            ValueError: an entry is missing or wrong, or the vocabulary is truncated.
+            ValueError: an entry is missing or wrong.
 
         """
         missing = [key for key in ("hidden_size", "vocab_size", "num_heads") if key not in config]
@@ -86,19 +102,20 @@ class HeadsSpec:
             raise ValueError(
                 f'the heads\' model_type must be "medusa", got {shortened(config["model_type"])}; {TO_CONVERT}'
             )
-        truncated = config.get("truncated_vocab_size")
-        if truncated not in (None, config["vocab_size"]):
+        vocab_size = config["vocab_size"]
+        truncated = config.get("truncated_vocab_size") or vocab_size
+        if truncated > vocab_size:
             raise ValueError(
-                f"truncated_vocab_size must equal vocab_size ({config['vocab_size']}), got {truncated!r}; "
-                "a draft vocabulary can be served, not trained or measured"
+                f"truncated_vocab_size must be at most vocab_size ({vocab_size}), got {truncated}; correct config.json"
             )
         return cls(
             hidden_size=config["hidden_size"],
-            vocab_size=config["vocab_size"],
+            vocab_size=vocab_size,
             num_heads=config["num_heads"],
             num_layers=config.get("num_hidden_layers", 1),
             fc_bias=bool(config.get("medusa_fc_bias", False)),
             shared_lm_head=bool(config.get("original_lm_head", False)),
+            draft_vocab_size=None if truncated == vocab_size else truncated,
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,11 +127,13 @@ class HeadsSpec:
                 if self.fc_bias:
                     shapes[f"blocks.{head}.layers.{layer}.bias"] = (self.hidden_size,)
         for head in range(1 if self.shared_lm_head else self.num_heads):
-            shapes[f"lm_heads.{head}.weight"] = (self.vocab_size, self.hidden_size)
+            shapes[f"lm_heads.{head}.weight"] = (self.lm_head_rows, self.hidden_size)
+        if self.draft_vocab_size is not None:
+            shapes[TOKEN_MAP] = (self.draft_vocab_size,)
         return shapes
 
     def validate(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raise ``ValueError`` if tensors are missing, unknown, of another shape, or not in floating point."""
+        """Raise ``ValueError`` if tensors are missing, unknown, of another shape, or of a wrong dtype or content."""
         shapes = self.shapes()
         if missing := sorted(shapes.keys() - state.keys()):
             raise ValueError(f"the heads' weights lack {some_of(missing)}")
@@ -123,7 +142,21 @@ class HeadsSpec:
         for name, shape in shapes.items():
             if tuple(state[name].shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(state[name].shape)}")
-            check_dtype(name, state[name])
+            if name != TOKEN_MAP:
+                check_dtype(name, state[name])
+        if self.draft_vocab_size is not None:
+            self._check_token_map(state[TOKEN_MAP])
+
+    def _check_token_map(self, token_map: torch.Tensor) -> None:
+        if token_map.is_floating_point() or token_map.dtype is torch.bool:
+            raise ValueError(f"{TOKEN_MAP} is of dtype {dtype_name(token_map)}; it must hold integers")
+        if not bool(((token_map >= 0) & (token_map < self.vocab_size)).all()) or len(token_map.unique()) < len(
+            token_map
+        ):
+            raise ValueError(
+                f"{TOKEN_MAP} holds {token_map[:3].tolist()}...; it must hold {self.draft_vocab_size} different tokens "
+                f"of the target's {self.vocab_size}"
+            )
 
 
 def check_dtype(name: str, tensor: torch.Tensor) -> None:

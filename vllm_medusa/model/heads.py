@@ -101,9 +101,14 @@ class MedusaHeads(nn.Module):
         )
         self.lm_heads: OwnLMHeads | None = None
         self.logits_processor = LogitsProcessor(config.truncated_vocab_size)
-        if not config.original_lm_head:
+        truncated = config.truncated_vocab_size < config.vocab_size
+        if truncated or not config.original_lm_head:
+            # Of a shared LM head, a truncated vocabulary's rows are in the checkpoint, once for all heads.
             self.lm_heads = OwnLMHeads(
-                self.num_heads, config.truncated_vocab_size, config.hidden_size, maybe_prefix(prefix, "lm_heads")
+                1 if config.original_lm_head else self.num_heads,
+                config.truncated_vocab_size,
+                config.hidden_size,
+                maybe_prefix(prefix, "lm_heads"),
             )
             self.lm_heads.check_top_k(tree.top_k)
             self.logits_processor.scale = config.logit_scale
@@ -185,6 +190,11 @@ class MedusaHeads(nn.Module):
                     f"the heads' checkpoint holds {stored_name!r}, but its config names {self.config.num_heads} heads "
                     f"of {self.config.num_hidden_layers} layers; correct num_heads and num_hidden_layers in config.json"
                 )
+        if self.token_map is None and self.logits_processor.vocab_size < self.config.vocab_size:
+            raise ValueError(
+                f"the heads' checkpoint lacks token_map, but its config names a truncated_vocab_size of "
+                f"{self.config.truncated_vocab_size}; give a complete checkpoint"
+            )
         if missing:
             raise ValueError(
                 f"the heads' checkpoint lacks {some_of(sorted(missing), 1)}, but its config names "
@@ -213,7 +223,7 @@ class MedusaHeads(nn.Module):
             for layer in range(self.config.num_hidden_layers):
                 shapes[f"blocks.{head}.layers.{layer}.weight"] = (hidden, hidden)
                 shapes[f"blocks.{head}.layers.{layer}.bias"] = (hidden,)
-            if self.lm_heads is not None:
+            if self.lm_heads is not None and (head == 0 or not self.config.original_lm_head):
                 shapes[f"lm_heads.{head}.weight"] = (self.config.truncated_vocab_size, hidden)
         return shapes
 

@@ -21,14 +21,16 @@ class Scores:
 
     Attributes:
         hits: ``[batch, heads, ranks]``, int64: positions whose label is the head's token of exactly that rank.
-        losses: ``[batch, heads]``, float32: sums of cross-entropies.
+        losses: ``[batch, heads]``, float32: sums of the cross-entropies at labels that can be drafted.
         positions: ``[batch, heads]``, int64: positions that have a label.
+        drafted: ``[batch, heads]``, int64: those whose label can be drafted.
 
     """
 
     hits: torch.Tensor
     losses: torch.Tensor
     positions: torch.Tensor
+    drafted: torch.Tensor
 
 
 @torch.no_grad()
@@ -38,20 +40,27 @@ def score_heads(
     labels: torch.Tensor,  # [batch, length], int64
     ranks: int,
 ) -> Scores:
-    """Score each head's ``ranks`` most probable tokens; only one head's logits of one block are in memory at a time."""
+    """Score each head's ``ranks`` most probable tokens; only one head's logits of one block are in memory at a time.
+
+    A label that the heads cannot draft is a position without a hit.
+    """
     shape = (len(hidden), heads.spec.num_heads)
     hits = torch.zeros(*shape, ranks, dtype=torch.int64, device=hidden.device)
     losses = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
     positions = torch.zeros(shape, dtype=torch.int64, device=hidden.device)
+    drafted = torch.zeros_like(positions)
+    rows = heads.rows_of(labels)
     for block in range(shape[0]):
         for head in range(shape[1]):
-            states, expected = head_pairs(head, hidden[block : block + 1], labels[block : block + 1])
-            logits = heads.logits(head, states).float()
+            states, expected = head_pairs(head, hidden[block : block + 1], rows[block : block + 1])
+            positions[block, head] = (labels[block, head + 2 :] != IGNORED).sum()
+            known = expected != IGNORED
+            drafted[block, head] = known.sum()
+            logits, expected = heads.logits(head, states[known]).float(), expected[known]
             best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
             hits[block, head, : best.shape[1]] = (best == expected[:, None]).sum(dim=0)
-            losses[block, head] = functional.cross_entropy(logits, expected, ignore_index=IGNORED, reduction="sum")
-            positions[block, head] = (expected != IGNORED).sum()
-    return Scores(hits, losses, positions)
+            losses[block, head] = functional.cross_entropy(logits, expected, reduction="sum")
+    return Scores(hits, losses, positions, drafted)
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class HeldOut:
 
     Attributes:
         accuracies: ``[heads][ranks]``: the share of positions whose label is the head's token of exactly that rank.
-        losses: ``[heads]``: mean cross-entropies.
+        losses: ``[heads]``: mean cross-entropies, at labels that can be drafted.
         lm_loss: the target's own mean cross-entropy; None with Medusa-1.
 
     """
@@ -75,15 +84,16 @@ class HeldOut:
         hits: np.ndarray,  # [blocks, heads, ranks]
         losses: np.ndarray,  # [blocks, heads]
         positions: np.ndarray,  # [blocks, heads]
+        drafted: np.ndarray,  # [blocks, heads]
         lm_losses: np.ndarray | None = None,  # [blocks]
         lm_positions: np.ndarray | None = None,  # [blocks]
     ) -> HeldOut:
         """Compute the metrics from the scores of all batches."""
-        count = np.maximum(positions.sum(axis=0), 1)
+        count, known = (np.maximum(each.sum(axis=0), 1) for each in (positions, drafted))
         lm_loss = None
         if lm_losses is not None and lm_positions is not None:
             lm_loss = float(lm_losses.sum() / max(int(lm_positions.sum()), 1))
-        return cls((hits.sum(axis=0) / count[:, None]).tolist(), (losses.sum(axis=0) / count).tolist(), lm_loss)
+        return cls((hits.sum(axis=0) / count[:, None]).tolist(), (losses.sum(axis=0) / known).tolist(), lm_loss)
 
     @property
     def top1(self) -> list[float]:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.data.validation import validated
 
+HeadsLoss = Literal["cross_entropy", "kl"]
+
 
 class Recipe(BaseModel):
     """The settings that all ways of training heads share."""
@@ -35,7 +37,7 @@ class Recipe(BaseModel):
     ranks: int = Field(
         default=10, ge=1, description="How many of a head's most probable tokens the held-out accuracies cover."
     )
-    chunk_size: int = Field(default=4096, ge=1, description="Positions whose logits are in memory at the same time.")
+    chunk_size: int = Field(default=4096, ge=1, description="Predictions whose logits are in memory at once.")
     seed: int = Field(default=0, ge=0, description="Random seed of data order, LoRA weights and dropout.")
 
 
@@ -87,7 +89,11 @@ class Medusa2Recipe(Recipe):
 
 
 class TrainConfig(Medusa2Recipe):
-    """The settings of ``vllm-medusa train``."""
+    """The settings of ``vllm-medusa train``.
+
+    With ``heads_loss`` "kl" the target's 64 most probable tokens are learnt one by one; all others are the tail, a
+    single outcome (see ``medusa_loss``).
+    """
 
     method: Literal["medusa1", "medusa2"] = Field(
         default="medusa1", description="Train only the heads, or heads and target together."
@@ -115,6 +121,23 @@ class TrainConfig(Medusa2Recipe):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="Autocast during training.")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="Load the target through bitsandbytes."
+    )
+    cache_hidden: bool = Field(
+        default=False,
+        description="Compute the frozen target's hidden states once and keep them on disk, in bf16; medusa1 only.",
+    )
+    cache_directory: Path | None = Field(
+        default=None, description="Where hidden states are kept. Default: the output's hidden_states."
+    )
+    draft_vocab: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train heads that can draft only the N most frequent tokens of the training text. Default: all.",
+    )
+    heads_loss: HeadsLoss = Field(
+        default="cross_entropy",
+        description="Learn from the text's tokens, or from the target's distribution: its 64 most probable tokens, "
+        "with all others as one outcome.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute the target's layers in the backward pass to save memory."
@@ -146,6 +169,16 @@ class TrainConfig(Medusa2Recipe):
                     raise ValueError(
                         f"{name} is a setting of method 'medusa2', got {getattr(self, name)!r} with 'medusa1'"
                     )
+        if self.cache_hidden and self.method == "medusa2":
+            raise ValueError(
+                "cache_hidden must be false with method 'medusa2', got true: the target is trained, so that its hidden "
+                "states change; use method 'medusa1'"
+            )
+        if self.cache_directory is not None and not self.cache_hidden:
+            raise ValueError(
+                f"cache_directory is a setting of cache_hidden, got {str(self.cache_directory)!r} without it; "
+                "set cache_hidden, or leave cache_directory out"
+            )
         if self.quantization != "none" and self.method == "medusa2" and self.target_training == "full":
             raise ValueError(
                 f"quantization must be 'none' with target_training 'full', got {self.quantization!r}: quantized "

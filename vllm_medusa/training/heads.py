@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from vllm_medusa.checkpoint.format import HeadsSpec
+from vllm_medusa.data.packing import IGNORED
 
 
 class ResidualLayers(nn.Module):
@@ -32,28 +33,48 @@ class TrainableHeads(nn.Module):
         spec: the heads' sizes.
         lm_head: ``[vocab_size, hidden_size]``: the weight of the target's LM head. The heads' LM heads start as copies
             of it, so untrained heads predict what the target predicts. A shared LM head is not trained.
+        token_map: ``[draft_vocab_size]``, int64: the tokens of the draft vocabulary, whose rows the LM heads take;
+            None if the spec has none.
 
     """
 
-    def __init__(self, spec: HeadsSpec, lm_head: torch.Tensor) -> None:
+    token_map: torch.Tensor | None
+
+    def __init__(self, spec: HeadsSpec, lm_head: torch.Tensor, token_map: torch.Tensor | None = None) -> None:
         super().__init__()
         self.spec = spec
+        self.register_buffer("token_map", token_map)
         self.blocks = nn.ModuleList(
             ResidualLayers(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
         )
         self.lm_heads = nn.ModuleList(
-            nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+            nn.Linear(spec.hidden_size, spec.lm_head_rows, bias=False)
             for _ in range(1 if spec.shared_lm_head else spec.num_heads)
         )
         with torch.no_grad():
             for weight in self.lm_heads.parameters():
-                weight.copy_(lm_head)
+                weight.copy_(lm_head if token_map is None else lm_head[token_map])
         self.lm_heads.requires_grad_(not spec.shared_lm_head)
 
     def logits(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[..., vocab_size]`` of one head, counted from 0.
+        """Return the logits ``[..., spec.lm_head_rows]`` of one head, counted from 0.
 
         ``hidden`` are the target's hidden states after its final norm, ``[..., hidden_size]``.
         """
-        lm_head = self.lm_heads[0 if self.spec.shared_lm_head else head]
-        return lm_head(self.blocks[head](hidden))
+        return functional.linear(self.blocks[head](hidden), self.lm_head(head))
+
+    def lm_head(self, head: int) -> torch.Tensor:
+        """Return the weight ``[spec.lm_head_rows, hidden_size]`` of a head's LM head; all heads may share one."""
+        return self.lm_heads[0 if self.spec.shared_lm_head else head].get_parameter("weight")
+
+    def rows_of(
+        self,
+        tokens: torch.Tensor,  # int64
+    ) -> torch.Tensor:
+        """Return the row of the LM heads for each token or label, ``IGNORED`` where the heads cannot draft it."""
+        if self.token_map is None:
+            return tokens
+        # One row more than tokens: ``IGNORED`` is looked up there.
+        rows = torch.full((self.spec.vocab_size + 1,), IGNORED, device=tokens.device)
+        rows[self.token_map] = torch.arange(len(self.token_map), device=tokens.device)
+        return rows[tokens.masked_fill(tokens == IGNORED, self.spec.vocab_size)]

@@ -12,7 +12,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from vllm_medusa.data.packing import IGNORED
+from vllm_medusa.training.divergence import Expected, linear_divergence
 from vllm_medusa.training.heads import TrainableHeads
+from vllm_medusa.training.teacher import TopTokens
 
 CHUNK_SIZE = 4096
 """The default number of positions whose logits are in memory at the same time."""
@@ -30,7 +32,7 @@ class LabelCounts:
 
     Attributes:
         target: labels of the target's own loss.
-        heads: labels of each head's loss.
+        heads: labels of each head's loss; those that the head cannot draft are not counted.
 
     """
 
@@ -46,10 +48,13 @@ class LabelCounts:
 
 def count_labels(
     labels: torch.Tensor,  # [batch, length], int64
-    num_heads: int,
+    heads: TrainableHeads,
 ) -> torch.Tensor:
     """Return ``[1 + num_heads]``, int64: the number of labels of the target's own loss and of each head's."""
-    return torch.stack([(labels[:, offset:] != IGNORED).sum() for offset in range(1, num_heads + 2)])
+    rows = heads.rows_of(labels)
+    counts = [(labels[:, 1:] != IGNORED).sum()]
+    counts += [(rows[:, head + 2 :] != IGNORED).sum() for head in range(heads.spec.num_heads)]
+    return torch.stack(counts)
 
 
 def medusa_loss(
@@ -59,27 +64,49 @@ def medusa_loss(
     decay: float = 0.8,
     chunk_size: int = CHUNK_SIZE,
     counts: LabelCounts | None = None,
+    teacher: TopTokens | None = None,
 ) -> torch.Tensor:
     """Return the heads' loss, ``sum_k decay^k CE_k`` (the paper's equation 1), a scalar.
 
-    Only one head's logits of one chunk are in memory at a time; the backward pass computes them again.
+    It is taken where a label is, but not at labels that the heads cannot draft. With ``teacher`` each head's loss is
+    the divergence ``KL(target || head)`` in place of CE. Of the target's distribution only the most probable tokens are
+    known. The others are the tail, a single outcome: a head must leave as much probability to all of them together as
+    the target does, but it may divide this among them as it likes. Known tokens that the heads cannot draft are left
+    out, as such labels are (see ``Expected``).
+
+    Heads that share an LM head are multiplied by it together. Only one chunk's logits are in memory at a time.
 
     Args:
         heads: the heads; head k = 1..K at position t is compared with the label at t + 1 + k.
         hidden: ``[batch, length, hidden_size]``: the target's hidden states after its final norm.
         labels: ``[batch, length]``, int64: the token at each position, or ``IGNORED``.
         decay: weight of head k relative to head k - 1.
-        chunk_size: positions per chunk.
+        chunk_size: positions per chunk, counted for each head.
         counts: the step's label counts; default: this batch's.
+        teacher: the target's most probable tokens; default: labels are learnt.
 
     """
-    counts = counts or LabelCounts.of(count_labels(labels, heads.spec.num_heads))
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for head in range(heads.spec.num_heads):
-        states, expected = head_pairs(head, hidden, labels)
-        summed = _in_chunks(partial(_cross_entropy, partial(heads.logits, head)), chunk_size, states, expected)
-        total = total + decay ** (head + 1) * summed / (counts.heads[head] or 1)
-    return total
+    counts = counts or LabelCounts.of(count_labels(labels, heads))
+    rows = heads.rows_of(labels)
+    states, expected = [], []
+    for head, count in enumerate(counts.heads):
+        of_head, of_labels = head_pairs(head, hidden, rows)
+        labelled = of_labels != IGNORED
+        states.append(heads.blocks[head](of_head[labelled]))
+        weight = decay ** (head + 1) / (count or 1)
+        if teacher is None:
+            expected.append(Expected.labels(of_labels[labelled], weight))
+        else:
+            # The target's distribution of the token at t + 1 + k is that of position t + k.
+            top = teacher.tokens, teacher.log_probs
+            tokens, log_probs = (each[:, head + 1 : -1].flatten(0, 1)[labelled] for each in top)
+            weights = torch.full((len(tokens),), weight, device=hidden.device)
+            expected.append(Expected(heads.rows_of(tokens.long()), log_probs.float().exp(), weights))
+    if heads.spec.shared_lm_head:
+        states, expected = [torch.cat(states)], [Expected.cat(expected)]
+    pairs = zip(states, expected, strict=True)
+    losses = [linear_divergence(*pair, heads.lm_head(head), chunk_size) for head, pair in enumerate(pairs)]
+    return torch.stack(losses).sum()
 
 
 def lm_loss(
@@ -136,7 +163,7 @@ def _shifted(offset: int, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[t
 
 
 def _target_count(labels: torch.Tensor, counts: LabelCounts | None) -> float:
-    return (counts or LabelCounts.of(count_labels(labels, 0))).target or 1
+    return (int((labels[:, 1:] != IGNORED).sum()) if counts is None else counts.target) or 1
 
 
 def _in_chunks(summed: Callable[..., torch.Tensor], chunk_size: int, *tensors: torch.Tensor) -> torch.Tensor:

@@ -14,15 +14,20 @@ from transformers import PreTrainedModel
 from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.accuracy import HeldOut, score_heads
-from vllm_medusa.training.config import Medusa1Config, Recipe
+from vllm_medusa.training.config import HeadsLoss, Medusa1Config, Recipe
+from vllm_medusa.training.draft_vocabulary import DraftVocabulary
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
 from vllm_medusa.training.losses import LabelCounts, medusa_loss
+from vllm_medusa.training.target_logits import TargetLogits
+from vllm_medusa.training.teacher import Teacher, TopTokens
 from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
 
 
-def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> TrainableHeads:
-    """Return untrained heads in fp32 on the target's device.
+def untrained_heads(
+    target: PreTrainedModel, recipe: Recipe, vocabulary: DraftVocabulary | None = None
+) -> TrainableHeads:
+    """Return untrained heads in fp32 on the target's device; without ``vocabulary`` they can draft all tokens.
 
     Raises:
         ValueError: the target has no usable LM head, or the heads cannot share it because it has a bias.
@@ -40,38 +45,79 @@ def untrained_heads(target: PreTrainedModel, recipe: Recipe) -> TrainableHeads:
         num_heads=recipe.num_heads,
         num_layers=recipe.num_layers,
         shared_lm_head=recipe.shared_lm_head,
+        draft_vocab_size=None if vocabulary is None else len(vocabulary.tokens),
     )
-    return TrainableHeads(spec, lm_head.weight).to(lm_head.weight.device)
+    token_map = None if vocabulary is None else vocabulary.tokens.to(lm_head.weight.device)
+    return TrainableHeads(spec, lm_head.weight, token_map).to(lm_head.weight.device)
 
 
 class Medusa1(nn.Module):
-    """A frozen target and its heads; raises ``ValueError`` if no heads can be trained on the target."""
+    """A frozen target and its heads.
 
-    def __init__(self, target: PreTrainedModel, recipe: Recipe) -> None:
+    Args:
+        target: the target.
+        recipe: the settings.
+        vocabulary: the tokens that the heads can draft; None for all.
+        learns: the heads learn from labels, or from the target's own distribution.
+
+    Raises:
+        ValueError: no heads can be trained on the target.
+
+    """
+
+    target: PreTrainedModel | None
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        recipe: Recipe,
+        vocabulary: DraftVocabulary | None = None,
+        learns: HeadsLoss = "cross_entropy",
+    ) -> None:
         super().__init__()
         self.recipe = recipe
         self.target = target.requires_grad_(False)
-        self.heads = untrained_heads(target, recipe)
+        self.heads = untrained_heads(target, recipe, vocabulary)
+        self.teacher = Teacher(TargetLogits(target), recipe.chunk_size) if learns == "kl" else None
         self._no_split_modules = target._no_split_modules  # accelerate's FSDP wraps these modules.
 
     def train(self, mode: bool = True) -> Medusa1:
         """Switch only the heads to training mode."""
         super().train(mode)
-        self.target.eval()
+        if self.target is not None:
+            self.target.eval()
         return self
+
+    def release_target(self) -> None:
+        """Give up the target, whose memory can be freed; from then on ``forward`` must be given its outputs."""
+        self.target = self.teacher = None
+        self._no_split_modules = []
 
     def forward(
         self,
         input_ids: torch.Tensor,  # [batch, length], int64
         labels: torch.Tensor,  # [batch, length], int64
         counts: LabelCounts | None = None,
+        hidden: torch.Tensor | None = None,  # [batch, length, hidden_size]
+        top_tokens: torch.Tensor | None = None,  # [batch, length, tokens], int32
+        top_log_probs: torch.Tensor | None = None,  # [batch, length, tokens], float16
     ) -> dict[str, torch.Tensor]:
-        """Return the batch's share of the step's loss; in evaluation mode see ``evaluate_batch``."""
-        with torch.no_grad():
-            hidden = final_hidden_states(self.target, input_ids).float()
-        if self.training:
-            return {"loss": medusa_loss(self.heads, hidden, labels, self.recipe.decay, self.recipe.chunk_size, counts)}
-        return evaluate_batch(self.heads, hidden, labels, self.recipe)
+        """Return the batch's share of the step's loss; in evaluation mode see ``evaluate_batch``.
+
+        ``hidden`` and ``TopTokens`` are the target's outputs; what is not given is computed.
+        """
+        if hidden is None:
+            assert self.target is not None
+            with torch.no_grad():
+                hidden = final_hidden_states(self.target, input_ids)
+        recipe = self.recipe
+        if not self.training:
+            return evaluate_batch(self.heads, hidden.float(), labels, recipe)
+        teacher = None if self.teacher is None else self.teacher(hidden)
+        if top_tokens is not None and top_log_probs is not None:
+            teacher = TopTokens(top_tokens, top_log_probs)
+        loss = medusa_loss(self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts, teacher)
+        return {"loss": loss}
 
 
 def evaluate_batch(
@@ -83,8 +129,14 @@ def evaluate_batch(
     """Return the heads' loss, and the scores of each block in the order of ``HeldOut.of``'s arguments."""
     scores = score_heads(heads, hidden, labels, recipe.ranks)
     weights = recipe.decay ** torch.arange(1, heads.spec.num_heads + 1, device=hidden.device)
-    loss = (weights * scores.losses.sum(dim=0) / scores.positions.sum(dim=0).clamp(min=1)).sum()
-    return {"loss": loss, "hits": scores.hits, "losses": scores.losses, "positions": scores.positions}
+    loss = (weights * scores.losses.sum(dim=0) / scores.drafted.sum(dim=0).clamp(min=1)).sum()
+    return {
+        "loss": loss,
+        "hits": scores.hits,
+        "losses": scores.losses,
+        "positions": scores.positions,
+        "drafted": scores.drafted,
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,12 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from vllm_medusa.training.accuracy import score_target
-from vllm_medusa.training.config import Medusa2Recipe
+from vllm_medusa.training.config import HeadsLoss, Medusa2Recipe
+from vllm_medusa.training.draft_vocabulary import DraftVocabulary
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.losses import LabelCounts, distillation_loss, lm_loss, medusa_loss
 from vllm_medusa.training.medusa1 import evaluate_batch, untrained_heads
 from vllm_medusa.training.schedule import second_stage, sine_rise
 from vllm_medusa.training.target_logits import TargetLogits
+from vllm_medusa.training.teacher import Teacher
 from vllm_medusa.training.trainer import MedusaTrainer, ParameterGroup, is_of_heads
 
 
@@ -32,16 +34,30 @@ class LossWeights:
 
 
 class Medusa2(nn.Module):
-    """A target, with LoRA adapters or trained whole, and its heads; raises ``ValueError`` if it cannot be trained."""
+    """A target, with LoRA adapters or trained whole, and its heads, with the arguments of ``Medusa1``.
 
-    def __init__(self, target: PreTrainedModel, recipe: Medusa2Recipe) -> None:
+    Heads that learn the target's distribution learn it as it is at that step; no gradient reaches the target by it.
+
+    Raises:
+        ValueError: the target cannot be trained.
+
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        recipe: Medusa2Recipe,
+        vocabulary: DraftVocabulary | None = None,
+        learns: HeadsLoss = "cross_entropy",
+    ) -> None:
         super().__init__()
         self.recipe = recipe
-        self.heads = untrained_heads(target, recipe)
+        self.heads = untrained_heads(target, recipe, vocabulary)
         self.target: Any = target.requires_grad_(True)
         if recipe.target_training == "lora":
             self.target = with_adapters(target, recipe)
         self.logits = TargetLogits(self.target)
+        self.teacher = Teacher(self.logits, recipe.chunk_size) if learns == "kl" else None
         self._no_split_modules = target._no_split_modules  # accelerate's FSDP wraps these modules.
 
     def forward(
@@ -62,7 +78,8 @@ class Medusa2(nn.Module):
         with torch.set_grad_enabled(not frozen):
             hidden = final_hidden_states(self.target, input_ids)
         recipe = self.recipe
-        heads_loss = medusa_loss(self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts)
+        teacher = None if self.teacher is None else self.teacher(hidden.detach())
+        heads_loss = medusa_loss(self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts, teacher)
         if frozen:
             return {"loss": weights.heads * heads_loss, "heads_loss": heads_loss}
         target_loss = self._target_loss(input_ids, hidden, labels, counts)

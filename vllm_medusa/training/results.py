@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_medusa.checkpoint.conversion import HEADS_DIRECTORY, TARGET_DIRECTORY
-from vllm_medusa.checkpoint.format import write_heads
+from vllm_medusa.checkpoint.format import TOKEN_MAP, write_heads
 from vllm_medusa.checkpoint.published import BASE_MODEL
 from vllm_medusa.files import replaced_directory, replaced_file, write_json
 from vllm_medusa.training.accuracy import HeldOut
@@ -31,8 +31,33 @@ from vllm_medusa.versions import installed_versions
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "results.json"
 
-FREE_TO_CHANGE = {"save_steps", "save_limit", "resume", "eval_steps", "logging_steps", "report_to", "chunk_size"}
+FREE_TO_CHANGE = {
+    "save_steps",
+    "save_limit",
+    "resume",
+    "eval_steps",
+    "logging_steps",
+    "report_to",
+    "chunk_size",
+    "cache_directory",
+}
 """Settings that may change when a run is resumed, since the result does not depend on them."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the text a draft vocabulary covers.
+
+    Attributes:
+        size: tokens of the draft vocabulary.
+        training: the share of the training text's labels that it holds.
+        held_out: that of the held-out text's.
+
+    """
+
+    size: int
+    training: float
+    held_out: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,7 @@ class TrainResult:
         after: the final metrics on held-out data.
         before: the metrics before the first step; None with Medusa-1.
         target: the trained target's directory; None with Medusa-1.
+        coverage: how much of the text can be drafted; None if all tokens can.
 
     """
 
@@ -53,6 +79,7 @@ class TrainResult:
     after: HeldOut
     before: HeldOutBefore | None = None
     target: Path | None = None
+    coverage: Coverage | None = None
 
     @property
     def heads(self) -> Path:
@@ -61,7 +88,7 @@ class TrainResult:
     def write(self) -> None:
         """Write the metrics as JSON."""
         metrics = {"steps": self.steps, "before": self.before and asdict(self.before), "after": asdict(self.after)}
-        write_json(self.output / RESULTS_FILE, metrics)
+        write_json(self.output / RESULTS_FILE, metrics | {"coverage": self.coverage and asdict(self.coverage)})
 
     def print(self, console: Console) -> None:
         """Print the metrics as a table."""
@@ -74,6 +101,11 @@ class TrainResult:
         if self.before is not None and self.after.lm_loss is not None:
             table.add_row("target, LM loss", f"{self.before.lm_loss:.4f}", f"{self.after.lm_loss:.4f}")
         console.print(table)
+        if self.coverage is not None:
+            console.print(
+                f"The {self.coverage.size} tokens that can be drafted are {self.coverage.training:.2%} of the training "
+                f"text's, {self.coverage.held_out:.2%} of the held-out text's."
+            )
 
 
 @dataclass(frozen=True)
@@ -127,12 +159,15 @@ def write_heads_of(
     trained = {name.removeprefix("heads."): tensor for name, tensor in state.items() if is_of_heads(name)}
     if config.shared_lm_head:
         trained["lm_heads.0.weight"] = model.heads.get_parameter("lm_heads.0.weight")
+    trained = {name: tensor.to(dtype) for name, tensor in trained.items()}
+    if model.heads.token_map is not None:
+        trained[TOKEN_MAP] = model.heads.token_map
     target = config.target if isinstance(model, Medusa1) else str(config.output / TARGET_DIRECTORY)
     with explain_write_errors(config.output):
         write_heads(
             config.output / HEADS_DIRECTORY,
             model.heads.spec,
-            {name: tensor.to(dtype) for name, tensor in trained.items()},
+            trained,
             {BASE_MODEL: target, "medusa_accuracies": held_out.accuracies},
         )
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from vllm_medusa.data.dataset import load_blocks
+from vllm_medusa.training.cached_blocks import cached_blocks
 from vllm_medusa.training.config import TrainConfig
+from vllm_medusa.training.draft_vocabulary import DraftVocabulary, count_tokens
 from vllm_medusa.training.hidden import lm_head_of
 from vllm_medusa.training.load import load_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2, Medusa2Trainer
 from vllm_medusa.training.results import (
+    Coverage,
     HeldOutBefore,
     TrainResult,
     check_same_run,
@@ -26,7 +31,7 @@ from vllm_medusa.training.results import (
     write_run,
     write_target_of,
 )
-from vllm_medusa.training.trainer import MedusaTrainer, training_arguments
+from vllm_medusa.training.trainer import Blocks, MedusaTrainer, training_arguments
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 
@@ -58,16 +63,9 @@ def run_training(
     if config.resume == "auto" and _last_checkpoint(checkpoints) is not None:
         check_same_run(config)
     training, held_out = load_data(config, load_tokenizer(config))
-    target = load_target(config)
-    set_seed(config.seed)  # LoRA's weights are initialised at random.
-    dtype = lm_head_of(target).weight.dtype
-    model: Medusa1 | Medusa2
-    if config.method == "medusa1":
-        model = Medusa1(target, config)
-        trainer = MedusaTrainer(model, config, arguments, training, held_out, show_progress, callbacks)
-    else:
-        model = Medusa2(target, config)
-        trainer = Medusa2Trainer(model, config, arguments, training, held_out, show_progress, callbacks)
+    task = prepare(config, training, held_out, arguments.device, show_progress)
+    model, trainer_class = task.model, Medusa2Trainer if config.method == "medusa2" else MedusaTrainer
+    trainer = trainer_class(model, config, arguments, task.training, task.held_out, show_progress, callbacks)
     if trainer.is_world_process_zero():
         if config.resume == "never":
             shutil.rmtree(checkpoints)
@@ -78,17 +76,60 @@ def run_training(
     state = trainer.trained_state()
     result = None
     if trainer.is_world_process_zero():
-        write_heads_of(config, model, state, after, dtype)
+        write_heads_of(config, model, state, after, task.dtype)
         result = TrainResult(
             output=config.output,
             steps=trainer.state.global_step,
             after=after,
             before=HeldOutBefore.of(trainer.state.log_history) if isinstance(model, Medusa2) else None,
             target=write_target_of(config, model, state) if isinstance(model, Medusa2) else None,
+            coverage=task.coverage,
         )
         result.write()
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is trained, and on what.
+
+    Attributes:
+        model: the heads and, unless its outputs are kept on disk, their target.
+        training: the blocks to train on.
+        held_out: the blocks to evaluate on.
+        dtype: the dtype of the target's LM head, in which heads are written.
+        coverage: how much of the text can be drafted; None if all tokens can.
+
+    """
+
+    model: Medusa1 | Medusa2
+    training: Blocks
+    held_out: Blocks
+    dtype: torch.dtype
+    coverage: Coverage | None
+
+
+def prepare(
+    config: TrainConfig,
+    training: datasets.Dataset,
+    held_out: datasets.Dataset,
+    device: torch.device,
+    show_progress: bool,
+) -> Task:
+    """Load the target, make its heads and, if the settings say so, keep its outputs; raises as ``run_training``."""
+    target = load_target(config)
+    set_seed(config.seed)  # LoRA's weights are initialised at random.
+    weight = lm_head_of(target).weight
+    vocabulary, coverage = choose_vocabulary(config, training, held_out, len(weight))
+    if config.method == "medusa2":
+        return Task(Medusa2(target, config, vocabulary, config.heads_loss), training, held_out, weight.dtype, coverage)
+    model = Medusa1(target, config, vocabulary, config.heads_loss)
+    if not config.cache_hidden:
+        return Task(model, training, held_out, weight.dtype, coverage)
+    cached = cached_blocks(config, target, device, (training, held_out), show_progress)
+    model.release_target()
+    return Task(model, *cached, weight.dtype, coverage)
 
 
 def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -108,6 +149,17 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     test_size = max(1, round(config.held_out_share * len(blocks)))
     split = blocks.train_test_split(test_size=test_size, seed=config.seed)
     return split["train"], split["test"]
+
+
+def choose_vocabulary(
+    config: TrainConfig, training: datasets.Dataset, held_out: datasets.Dataset, vocab_size: int
+) -> tuple[DraftVocabulary | None, Coverage | None]:
+    """Return the draft vocabulary and how much of the text it covers; None if all tokens can be drafted."""
+    if config.draft_vocab is None:
+        return None, None
+    counts = [count_tokens((each["labels"] for each in part.iter(1024)), vocab_size) for part in (training, held_out)]
+    vocabulary = DraftVocabulary.most_frequent(config.draft_vocab, counts[0])
+    return vocabulary, Coverage(config.draft_vocab, *map(vocabulary.coverage, counts))
 
 
 def _check_size(blocks: datasets.Dataset, least: int, name: str, config: TrainConfig) -> None:

@@ -43,8 +43,8 @@ class TargetLogits:
         self.transform = min(deviations, key=lambda transform: deviations[transform])
         if deviations[self.transform] > TOLERANCE * max(1.0, float(expected.abs().max())):
             raise ValueError(
-                f"{type(target).__name__} transforms its logits in an unknown way, so its own loss cannot be computed; "
-                "only method 'medusa1' can train heads for it"
+                f"{type(target).__name__} transforms its logits in an unknown way, so its distribution is not known; "
+                "only method 'medusa1' with heads_loss 'cross_entropy' can train heads for it"
             )
 
     def __call__(

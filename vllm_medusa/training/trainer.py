@@ -87,6 +87,7 @@ class MedusaTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.recipe = recipe
+        self._heads: Any = model.heads
         self._progress = TrainingProgress("Medusa heads, steps")
         self._checkpoint_root: Path | None = None
         self._parts: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -159,7 +160,7 @@ class MedusaTrainer(Trainer):
         self._progress.count(sum(batch["input_ids"].numel() for batch in batches) * self.args.world_size)
         counted = torch.zeros(1 + self.recipe.num_heads, device=device)
         for batch in batches:
-            counted += count_labels(batch["labels"].to(device), self.recipe.num_heads)
+            counted += count_labels(batch["labels"].to(device), self._heads)
         return batches, LabelCounts.of(self.accelerator.reduce(counted, reduction="mean") / max(1, self.args.n_gpu))
 
     def compute_loss(

@@ -13,12 +13,17 @@ SPECS = [
     replace(SPEC, fc_bias=False),
     replace(SPEC, shared_lm_head=True),
     HeadsSpec(hidden_size=8, vocab_size=16, num_heads=1, num_layers=1),
+    replace(SPEC, draft_vocab_size=5),
+    replace(SPEC, draft_vocab_size=5, shared_lm_head=True),
 ]
 
 
 def random_state(spec: HeadsSpec) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in spec.shapes().items()}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in spec.shapes().items()}
+    if "token_map" in state:
+        state["token_map"] = torch.randperm(spec.vocab_size, generator=generator)[: spec.draft_vocab_size]
+    return state
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -41,7 +46,7 @@ def test_vllms_own_config_reads_the_same_sizes(tmp_path, spec):
     assert (config.hidden_size, config.vocab_size) == (spec.hidden_size, spec.vocab_size)
     assert (config.num_heads, config.num_hidden_layers) == (spec.num_heads, spec.num_layers)
     assert (config.medusa_fc_bias, config.original_lm_head) == (spec.fc_bias, spec.shared_lm_head)
-    assert config.truncated_vocab_size == spec.vocab_size
+    assert config.truncated_vocab_size == (spec.draft_vocab_size or spec.vocab_size)
 
 
 def test_tensor_names_are_those_of_vllm():
@@ -65,7 +70,7 @@ def test_a_config_with_only_what_vllm_needs_gets_vllms_defaults():
     [
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"model_type": "eagle"}, "model_type must be"),
-        ({"truncated_vocab_size": 8}, "truncated_vocab_size must equal vocab_size"),
+        ({"truncated_vocab_size": 17}, r"truncated_vocab_size must be at most vocab_size \(16\), got 17"),
     ],
 )
 def test_a_config_of_another_format_is_refused_by_name(change, message):
@@ -84,6 +89,30 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"lm_heads.0.weight must have shape \(16, 8\)"):
         write_heads(tmp_path / "heads", SPEC, state | {"lm_heads.0.weight": torch.zeros(16, 9)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("token_map", "message"),
+    [
+        (torch.zeros(5), "token_map is of dtype float32; it must hold integers"),
+        (
+            torch.arange(5) + 12,
+            r"token_map holds \[12, 13, 14\]...; it must hold 5 different tokens of the target's 16",
+        ),
+        (torch.zeros(5, dtype=torch.int64), r"token_map holds \[0, 0, 0\]...; it must hold 5 different"),
+        (torch.arange(4), r"token_map must have shape \(5,\), got \(4,\)"),
+    ],
+)
+def test_a_token_map_that_names_no_draft_vocabulary_is_refused(tmp_path, token_map, message):
+    spec = replace(SPEC, draft_vocab_size=5)
+    with pytest.raises(ValueError, match=message):
+        write_heads(tmp_path / "heads", spec, random_state(spec) | {"token_map": token_map})
+
+
+@pytest.mark.parametrize("size", [0, 16, 17])
+def test_a_draft_vocabulary_is_smaller_than_the_vocabulary(size):
+    with pytest.raises(ValueError, match=rf"draft_vocab_size must be within 1\.\.15 .*, got {size}"):
+        replace(SPEC, draft_vocab_size=size)
 
 
 @pytest.mark.parametrize("key", ["num_heads", "num_training_heads", "num_target_layers", "vocab_size"])

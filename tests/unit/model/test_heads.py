@@ -223,6 +223,28 @@ def test_a_token_map_that_does_not_fit_is_refused(load: Load, token_map: torch.T
         load({**random_state(vocab=40), "token_map": token_map}, truncated_vocab_size=40)
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_heads_share_the_rows_of_a_truncated_vocabulary(load: Load, batched: bool) -> None:
+    state, token_map = random_state(vocab=40), torch.randperm(VOCAB)[:40]
+    stored = {name: tensor for name, tensor in state.items() if not name.startswith(("lm_heads.1", "lm_heads.2"))}
+    model = load({**stored, "token_map": token_map}, truncated_vocab_size=40, original_lm_head=True)
+    model.share_lm_head(torch.nn.Identity())
+    assert model.lm_heads is not None
+    assert len(model.lm_heads.parts) == 1
+    if batched:
+        model.lm_heads.parts.clear()
+    hidden = torch.randn(5, HIDDEN)
+    expected = plain_states(state, hidden) @ state["lm_heads.0.weight"].T
+    torch.testing.assert_close(model.compute_logits(model(hidden)), expected)
+    assert torch.equal(model.top_tokens(hidden, 4), token_map[expected.topk(4).indices].transpose(0, 1))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_truncated_vocabulary_without_its_token_map_is_refused(load: Load, shared: bool) -> None:
+    with pytest.raises(ValueError, match="lacks token_map, but its config names a truncated_vocab_size of 40; give"):
+        load(random_state(vocab=40), truncated_vocab_size=40, original_lm_head=shared)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_a_token_map_that_holds_no_integers_is_refused(load: Load, dtype: torch.dtype) -> None:
     token_map = torch.arange(40).to(dtype)

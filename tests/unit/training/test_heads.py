@@ -66,7 +66,7 @@ def test_accuracy_counts_each_rank_of_each_head():
     log_probability = torch.arange(4.0).log_softmax(dim=0)
     expected = -torch.tensor([2 * log_probability[3] + log_probability[2] + log_probability[0]])
     torch.testing.assert_close(scores.losses[0, :1], expected)
-    held_out = HeldOut.of(scores.hits.numpy(), scores.losses.numpy(), scores.positions.numpy())
+    held_out = HeldOut.of(scores.hits.numpy(), scores.losses.numpy(), scores.positions.numpy(), scores.drafted.numpy())
     assert held_out.accuracies == [[2 / 4, 1 / 4], [1 / 3, 1 / 3]]
     assert held_out.top1 == [2 / 4, 1 / 3]
     assert held_out.losses[0] == pytest.approx(float(expected) / 4)

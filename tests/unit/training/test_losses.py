@@ -150,7 +150,7 @@ def test_the_targets_logits_of_one_chunk_exist_at_a_time(hidden, tokens):
 def test_the_shares_of_unequal_batches_add_up_to_the_loss_of_all(heads, hidden, tokens):
     labels = tokens.clone()
     labels[0, :8] = IGNORED
-    counts = LabelCounts.of(count_labels(labels, SPEC.num_heads))
+    counts = LabelCounts.of(count_labels(labels, heads))
     assert counts == LabelCounts(target=13, heads=(12, 11, 10))
     losses = (
         lambda rows, **given: medusa_loss(heads, hidden[rows], labels[rows], **given),

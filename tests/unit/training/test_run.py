@@ -147,3 +147,28 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(settings, 
     with pytest.raises(ValueError, match=message):
         run(medusa1(settings, **changes))
     assert not Path(str(settings["output"])).exists()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("method", ["medusa1", "medusa2"])
+def test_heads_of_a_draft_vocabulary_are_written_with_their_tokens_and_its_coverage(settings, method, shared, tmp_path):
+    lora = {"lora_rank": 2 if method == "medusa2" else 32}
+    config = TrainConfig(**(settings | lora), method=method, draft_vocab=10, shared_lm_head=shared, heads_loss="kl")
+    result = run(config)
+    spec, state = read_spec(result.heads), read_state(result.heads)
+    assert (spec.vocab_size, spec.draft_vocab_size, spec.shared_lm_head) == (VOCABULARY, 10, shared)
+    assert state["token_map"].dtype == torch.int64
+    assert len(state["token_map"].unique()) == 10
+    assert len(state["lm_heads.0.weight"]) == 10
+    assert sum(name.startswith("lm_heads.") for name in state) == (1 if shared else 2)
+    figures = json.loads((config.output / "results.json").read_text())
+    assert figures["coverage"]["size"] == 10
+    assert 10 / VOCABULARY < figures["coverage"]["training"] < 1
+    console = Console(record=True, width=200)
+    result.print(console)
+    assert f"{figures['coverage']['training']:.2%} of the training text's" in console.export_text()
+
+
+def test_a_draft_vocabulary_as_large_as_the_targets_is_refused(settings):
+    with pytest.raises(ValueError, match=f"draft_vocab must be less than {VOCABULARY}"):
+        run(medusa1(settings, draft_vocab=VOCABULARY))

@@ -69,7 +69,7 @@ def test_a_flag_that_contradicts_the_json_is_refused(models: Models) -> None:
 
 def test_sizes_that_the_heads_leave_out_are_the_targets(models: Models) -> None:
     heads = models.write("sparing", {"medusa_num_heads": 3, "medusa_num_layers": 2, "base_model_name_or_path": "x"})
-    config = models.medusa({"model": heads}).heads
+    config = models.medusa({"model": heads}, load_format="dummy").heads
     assert (config.num_heads, config.num_hidden_layers) == (3, 2)
     assert (config.hidden_size, config.vocab_size, config.truncated_vocab_size) == (64, 96, 96)
 

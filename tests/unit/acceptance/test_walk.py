@@ -82,7 +82,7 @@ def test_a_batch_walks_as_each_request_would_alone(case: Case) -> None:
         emitted, rows = walk_alone(tree, stream)
         first = int(trees.roots[request])
         assert emitted_by(result, request) == (emitted, [first + row for row in rows])
-        assert result.last_row[request] == first + rows[-1]
+        assert result.stopped_at[request] == first + rows[-1]
 
 
 @deterministic
@@ -113,7 +113,7 @@ def test_requests_without_a_draft_emit_one_token_each(requests: list[TokenTree])
     case = Case(requests, [[2]] * len(requests), [0] * len(requests))
     result = walk(case.trees, Sampler(case))
     assert result.tokens.tolist() == [[2]] * len(requests)
-    assert torch.equal(result.last_row, case.trees.roots)
+    assert torch.equal(result.stopped_at, case.trees.roots)
 
 
 @deterministic

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculation on questions in Spec-Bench's format: tokens per step and speed by category, against plain decoding.
+
+A file has a question a line: ``{"question_id", "category", "turns": [...]}``. Each engine answers the turns one after
+another through the model's chat template, greedily, with its own answers in between. Engines are processes of their
+own and take turns, batch by batch; a batch has questions of one category. ``native_chain`` is vLLM's own Medusa
+without the plugin, and needs vLLM 0.32 and heads over the whole vocabulary.
+
+    python benchmarks/spec_bench.py QUESTIONS --target TARGET --heads HEADS --limit 6 --output build/spec_bench.json
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+# vLLM's CPU worker replaces torch.set_num_threads by a warning.
+from torch import get_num_threads, set_num_threads
+
+from vllm_medusa.checkpoint.format import read_spec
+from vllm_medusa.cli.errors import one_line_errors
+from vllm_medusa.data.record_files import BadLineCounter, BadLines, parsed_lines
+from vllm_medusa.data.records import FrozenModel, as_object
+from vllm_medusa.data.validation import validated
+from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, fastest_dtype
+from vllm_medusa.demo.engine import counters
+from vllm_medusa.demo.process import Contender, share_environment
+from vllm_medusa.demo.report import TITLES, machine
+from vllm_medusa.demo.run import DYNAMIC, WIDE_NODES
+from vllm_medusa.files import write_json
+from vllm_medusa.progress import track
+from vllm_medusa.versions import installed_versions
+
+OPTIONS: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    NATIVE_CHAIN: {},
+    TREE: DYNAMIC,
+    TREE_WIDE: {"medusa_tree": "sparse", "num_speculative_tokens": WIDE_NODES},
+}
+"""Each contender's part of ``--speculative-config`` besides method and heads."""
+
+KV_CACHE_BYTES = 1 << 30
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Question(FrozenModel):
+    """A question of Spec-Bench: what a user says, turn by turn."""
+
+    question_id: int | str
+    category: str
+    turns: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Options of ``vllm.LLM``."""
+
+    target: str
+    dtype: str
+    speculative_config: dict[str, Any] | None
+    max_model_len: int
+    max_num_seqs: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions of one category that are answered at the same time, and the most tokens of an answer."""
+
+    questions: tuple[Question, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine made of a batch.
+
+    Attributes:
+        tokens: the token ids of each answer, ``[questions][turns]``.
+        seconds: from the questions to the last answer, prompts included.
+        drafts: number of drafts, by vLLM's counter.
+        accepted: number of accepted tokens, by vLLM's counter.
+
+    """
+
+    tokens: list[list[list[int]]]
+    seconds: float
+    drafts: int
+    accepted: int
+
+
+Results = dict[str, list[tuple[str, Answers]]]
+"""By contender, in the same order: each batch's category and its answers."""
+
+
+@app.command()
+def spec_bench(
+    file: Annotated[Path, typer.Argument(help="Questions in Spec-Bench's format, a JSON object a line.")],
+    target: Annotated[Path, typer.Option(help="A chat model's directory.")],
+    heads: Annotated[Path, typer.Option(help="Its heads' directory.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each category; default: all.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at the same time; may repeat.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 128,
+    contenders: Annotated[str, typer.Option(help="Some of the contenders; plain must be the first.")] = ",".join(
+        OPTIONS
+    ),
+    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 if the CPU has it, else float32.")] = None,
+    max_model_len: Annotated[int, typer.Option(help="Tokens of a conversation.")] = 4096,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+) -> None:
+    """Answer the questions with each contender and compare."""
+    with one_line_errors():
+        names = contenders.split(",")
+        if names[0] != PLAIN or not set(names) <= OPTIONS.keys() or len(set(names)) < len(names):
+            raise ValueError(f"--contenders: {contenders} must begin with {PLAIN}, then have some of {[*OPTIONS][1:]}")
+        questions = read_questions(file, limit)
+        sizes = batch or [1]
+        share_environment()
+        engines = {
+            name: Engine(
+                str(target), dtype or fastest_dtype(), speculative(name, heads), max_model_len, max(sizes), threads()
+            )
+            for name in names
+        }
+        by_batch = {str(size): summarise(race) for size, race in races(engines, questions, sizes, tokens)}
+        console = Console()
+        for size, summary in by_batch.items():
+            print_table(summary, size, console)
+        if output is not None:
+            details = {"machine": machine(), "versions": installed_versions(), "command": " ".join(sys.argv)}
+            first = by_batch[str(sizes[0])]
+            write_json(output, {**details, "questions": len(questions), "contenders": first, "by_batch": by_batch})
+            console.print(f"Written: {output}")
+
+
+def read_questions(file: Path, limit: int | None) -> list[Question]:
+    """Return the first ``limit`` questions of each category, category by category."""
+    by_category: dict[str, list[Question]] = defaultdict(list)
+    parsed = parsed_lines([file], lambda value: validated(Question, as_object(value)), BadLineCounter(BadLines.REFUSE))
+    for _, question in parsed:
+        by_category[question.category].append(question)
+    if not by_category:
+        raise ValueError(f"{file} holds no question")
+    return [question for questions in by_category.values() for question in questions[:limit]]
+
+
+def speculative(name: str, heads: Path) -> dict[str, Any] | None:
+    """Return a contender's ``--speculative-config``."""
+    options = OPTIONS[name]
+    if options is None:
+        return None
+    if name == NATIVE_CHAIN:
+        options = {"num_speculative_tokens": read_spec(heads).num_heads}
+    return {"method": "medusa", "model": str(heads), **options}
+
+
+def threads() -> int:
+    """Return the threads of each engine; only one engine works at a time."""
+    return machine()["cores"]
+
+
+def races(
+    engines: dict[str, Engine], questions: Sequence[Question], sizes: Iterable[int], tokens: int
+) -> Iterable[tuple[int, Results]]:
+    """Yield the results of each batch size."""
+    with ExitStack() as stack:
+        contenders: dict[str, Contender] = {}
+        for name, engine in track(list(engines.items()), "Starting engines"):
+            plugins = {"VLLM_PLUGINS": "" if name in (PLAIN, NATIVE_CHAIN) else "medusa"}
+            log = Path("build/spec_bench") / f"{name}.log"
+            contenders[name] = stack.enter_context(Contender(name, serve, (engine,), plugins, log))
+            contenders[name].answer()
+        for contender in contenders.values():
+            contender.ask(Batch((questions[0],), 16))  # The first step of a kind takes longer.
+        for size in sizes:
+            results: Results = {name: [] for name in contenders}
+            for batch in track(list(batches(questions, size, tokens)), f"{size} at once, batches"):
+                for name, contender in contenders.items():
+                    results[name].append((batch.questions[0].category, contender.ask(batch)))
+            yield size, results
+
+
+def batches(questions: Sequence[Question], size: int, tokens: int) -> Iterable[Batch]:
+    """Cut the questions, which are sorted by category, into batches of one category each."""
+    by_category: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        by_category[question.category].append(question)
+    for each in by_category.values():
+        for start in range(0, len(each), size):
+            yield Batch(tuple(each[start : start + size]), tokens)
+
+
+def serve(connection: Connection, engine: Engine) -> None:
+    """Be a contender: send ``None`` after the start, then an ``Answers`` for each ``Batch``."""
+    from vllm import LLM, SamplingParams
+
+    set_num_threads(engine.threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
+    assert get_num_threads() == engine.threads
+    gc.freeze()
+    llm = LLM(
+        model=engine.target,
+        dtype=engine.dtype,
+        speculative_config=engine.speculative_config,
+        enforce_eager=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        disable_log_stats=False,
+        seed=0,
+    )
+    connection.send(None)
+    while True:
+        batch: Batch = connection.recv()
+        connection.send(answer(llm, batch, SamplingParams(temperature=0, max_tokens=batch.tokens)))
+
+
+def answer(llm: Any, batch: Batch, params: Any) -> Answers:
+    """Answer a batch's questions, turn by turn; questions with fewer turns leave early."""
+    before, start = counters(llm), time.perf_counter()
+    dialogues: list[list[dict[str, str]]] = [[] for _ in batch.questions]
+    tokens: list[list[list[int]]] = [[] for _ in batch.questions]
+    for turn in range(max(len(question.turns) for question in batch.questions)):
+        asked = [index for index, question in enumerate(batch.questions) if turn < len(question.turns)]
+        for index in asked:
+            dialogues[index].append({"role": "user", "content": batch.questions[index].turns[turn]})
+        outputs = llm.chat([dialogues[index] for index in asked], params, use_tqdm=False)
+        for index, output in zip(asked, outputs, strict=True):
+            dialogues[index].append({"role": "assistant", "content": output.outputs[0].text})
+            tokens[index].append(list(output.outputs[0].token_ids))
+    seconds = time.perf_counter() - start
+    added = {name: value - before[name] for name, value in counters(llm).items()}
+    return Answers(tokens, seconds, added["drafts"], added["accepted"])
+
+
+def summarise(results: Results) -> dict[str, dict[str, Any]]:
+    """Compute each contender's figures over all batches and for each category.
+
+    ``speedup`` is the ratio of tokens per second to plain decoding's; ``identical_texts`` the share of questions to
+    which all answers are plain decoding's, token for token.
+    """
+    plain = results[PLAIN]
+    categories = sorted({category for category, _ in plain})
+
+    def figures(name: str, category: str | None) -> dict[str, float]:
+        chosen = [index for index, (each, _) in enumerate(plain) if category in (None, each)]
+        own, reference = ([run[index][1] for index in chosen] for run in (results[name], plain))
+        drafts, accepted = (sum(map(attrgetter(field), own)) for field in ("drafts", "accepted"))
+        pairs = [pair for a, b in zip(own, reference, strict=True) for pair in zip(a.tokens, b.tokens, strict=True)]
+        return {
+            "tokens_per_step": 1 + accepted / drafts if drafts else 1.0,
+            "tokens_per_second": tokens_per_second(own),
+            "speedup": tokens_per_second(own) / tokens_per_second(reference),
+            "identical_texts": sum(a == b for a, b in pairs) / len(pairs),
+        }
+
+    return {
+        name: {
+            **figures(name, None),
+            "by_category": {category: figures(name, category) for category in categories},
+        }
+        for name in results
+    }
+
+
+def tokens_per_second(answers: Sequence[Answers]) -> float:
+    """Return emitted tokens by time, prompts included."""
+    emitted = sum(len(turn) for each in answers for turns in each.tokens for turn in turns)
+    return emitted / sum(each.seconds for each in answers)
+
+
+def print_table(summary: dict[str, dict[str, Any]], size: str, console: Console) -> None:
+    """Print tokens per step and speedup by category, and the share of identical texts."""
+    table = Table(title=f"{size} at once, greedy: tokens per step, speed against plain decoding")
+    table.add_column("")
+    for name in summary:
+        table.add_column(TITLES[name], justify="right")
+    for category in summary[PLAIN]["by_category"]:
+        table.add_row(category, *(_cell(each["by_category"][category]) for each in summary.values()))
+    table.add_section()
+    table.add_row("all", *map(_cell, summary.values()))
+    table.add_row("same texts", *(f"{each['identical_texts']:.0%}" for each in summary.values()))
+    console.print(table)
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    return f"{figures['tokens_per_step']:.2f}, {figures['speedup']:.2f}x"
+
+
+if __name__ == "__main__":
+    app()

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing.connection import Connection
 from operator import attrgetter
 from pathlib import Path
@@ -29,14 +30,23 @@ from rich.console import Console
 from rich.table import Table
 
 # vLLM's CPU worker replaces torch.set_num_threads by a warning.
-from torch import get_num_threads, set_num_threads
+from torch import set_num_threads
 
 from vllm_medusa.checkpoint.format import read_spec
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.data.record_files import BadLineCounter, BadLines, parsed_lines
 from vllm_medusa.data.records import FrozenModel, as_object
 from vllm_medusa.data.validation import validated
-from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, fastest_dtype
+from vllm_medusa.demo.contenders import (
+    NATIVE_CHAIN,
+    PLAIN,
+    TREE,
+    TREE_WIDE,
+    fastest_dtype,
+    native_chain,
+    plugins,
+    speculative_config,
+)
 from vllm_medusa.demo.engine import counters
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import TITLES, machine
@@ -45,13 +55,8 @@ from vllm_medusa.files import write_json
 from vllm_medusa.progress import track
 from vllm_medusa.versions import installed_versions
 
-OPTIONS: dict[str, dict[str, Any] | None] = {
-    PLAIN: None,
-    NATIVE_CHAIN: {},
-    TREE: DYNAMIC,
-    TREE_WIDE: {"medusa_tree": "sparse", "num_speculative_tokens": WIDE_NODES},
-}
-"""Each contender's part of ``--speculative-config`` besides method and heads."""
+CONTENDERS = (PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE)
+TREES = {TREE: DYNAMIC, TREE_WIDE: {"medusa_tree": "sparse", "num_speculative_tokens": WIDE_NODES}}
 
 KV_CACHE_BYTES = 1 << 30
 
@@ -117,7 +122,7 @@ def spec_bench(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at the same time; may repeat.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 128,
     contenders: Annotated[str, typer.Option(help="Some of the contenders; plain must be the first.")] = ",".join(
-        OPTIONS
+        CONTENDERS
     ),
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 if the CPU has it, else float32.")] = None,
     max_model_len: Annotated[int, typer.Option(help="Tokens of a conversation.")] = 4096,
@@ -126,14 +131,22 @@ def spec_bench(
     """Answer the questions with each contender and compare."""
     with one_line_errors():
         names = contenders.split(",")
-        if names[0] != PLAIN or not set(names) <= OPTIONS.keys() or len(set(names)) < len(names):
-            raise ValueError(f"--contenders: {contenders} must begin with {PLAIN}, then have some of {[*OPTIONS][1:]}")
+        if names[0] != PLAIN or not set(names) <= {*CONTENDERS} or len(set(names)) < len(names):
+            raise ValueError(
+                f"--contenders: {contenders} must begin with {PLAIN}, then have some of {[*CONTENDERS[1:]]}"
+            )
         questions = read_questions(file, limit)
         sizes = batch or [1]
         share_environment()
+        options = {NATIVE_CHAIN: native_chain(read_spec(heads).num_heads)} if NATIVE_CHAIN in names else {}
         engines = {
             name: Engine(
-                str(target), dtype or fastest_dtype(), speculative(name, heads), max_model_len, max(sizes), threads()
+                str(target),
+                dtype or fastest_dtype(),
+                speculative_config(name, heads, options | TREES),
+                max_model_len,
+                max(sizes),
+                threads=machine()["cores"],  # Only one engine works at a time.
             )
             for name in names
         }
@@ -159,21 +172,6 @@ def read_questions(file: Path, limit: int | None) -> list[Question]:
     return [question for questions in by_category.values() for question in questions[:limit]]
 
 
-def speculative(name: str, heads: Path) -> dict[str, Any] | None:
-    """Return a contender's ``--speculative-config``."""
-    options = OPTIONS[name]
-    if options is None:
-        return None
-    if name == NATIVE_CHAIN:
-        options = {"num_speculative_tokens": read_spec(heads).num_heads}
-    return {"method": "medusa", "model": str(heads), **options}
-
-
-def threads() -> int:
-    """Return the threads of each engine; only one engine works at a time."""
-    return machine()["cores"]
-
-
 def races(
     engines: dict[str, Engine], questions: Sequence[Question], sizes: Iterable[int], tokens: int
 ) -> Iterable[tuple[int, Results]]:
@@ -181,9 +179,8 @@ def races(
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
         for name, engine in track(list(engines.items()), "Starting engines"):
-            plugins = {"VLLM_PLUGINS": "" if name in (PLAIN, NATIVE_CHAIN) else "medusa"}
             log = Path("build/spec_bench") / f"{name}.log"
-            contenders[name] = stack.enter_context(Contender(name, serve, (engine,), plugins, log))
+            contenders[name] = stack.enter_context(Contender(name, serve, (engine,), plugins(name), log))
             contenders[name].answer()
         for contender in contenders.values():
             contender.ask(Batch((questions[0],), 16))  # The first step of a kind takes longer.
@@ -197,12 +194,10 @@ def races(
 
 def batches(questions: Sequence[Question], size: int, tokens: int) -> Iterable[Batch]:
     """Cut the questions, which are sorted by category, into batches of one category each."""
-    by_category: dict[str, list[Question]] = defaultdict(list)
-    for question in questions:
-        by_category[question.category].append(question)
-    for each in by_category.values():
+    for _, group in groupby(questions, attrgetter("category")):
+        each = tuple(group)
         for start in range(0, len(each), size):
-            yield Batch(tuple(each[start : start + size]), tokens)
+            yield Batch(each[start : start + size], tokens)
 
 
 def serve(connection: Connection, engine: Engine) -> None:
@@ -210,7 +205,6 @@ def serve(connection: Connection, engine: Engine) -> None:
     from vllm import LLM, SamplingParams
 
     set_num_threads(engine.threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
-    assert get_num_threads() == engine.threads
     gc.freeze()
     llm = LLM(
         model=engine.target,

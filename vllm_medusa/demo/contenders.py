@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +51,7 @@ class Comparison:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     def speculative_config(self, name: str, heads: Path) -> dict[str, Any] | None:
-        if name == PLAIN:
-            return None
-        if name == NATIVE_CHAIN:
-            return {"method": "medusa", "model": str(heads), "num_speculative_tokens": self.num_heads}
-        return {"method": "medusa", "model": str(heads), **self.trees[name]}
+        return speculative_config(name, heads, {NATIVE_CHAIN: native_chain(self.num_heads), **self.trees})
 
     def start(self, name: str, directory: Path) -> Contender:
         """Start a contender's process with its log in ``directory``; stock vLLM runs without the plugin."""
@@ -63,9 +59,23 @@ class Comparison:
             Engine(str(models.target), dtype, self.speculative_config(name, models.heads))
             for models, dtype in ((self.small, "float32"), (self.large, self.dtype))
         )
-        plugins = {"VLLM_PLUGINS": "" if name in (PLAIN, NATIVE_CHAIN) else "medusa"}
         arguments = (exact, self.exact, timed, self.threads)
-        return Contender(name, serve, arguments, plugins, directory / f"{name}.log")
+        return Contender(name, serve, arguments, plugins(name), directory / f"{name}.log")
+
+
+def native_chain(num_heads: int) -> dict[str, Any]:
+    """Return the options of vLLM's own chain, as deep as there are heads."""
+    return {"num_speculative_tokens": num_heads}
+
+
+def speculative_config(name: str, heads: Path, options: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Return a contender's ``--speculative-config``, given each one's options besides method and heads."""
+    return None if name == PLAIN else {"method": "medusa", "model": str(heads), **options[name]}
+
+
+def plugins(name: str) -> dict[str, str]:
+    """Return the environment in which stock vLLM runs without the plugin."""
+    return {"VLLM_PLUGINS": "" if name in (PLAIN, NATIVE_CHAIN) else "medusa"}
 
 
 @dataclass(frozen=True)

@@ -130,13 +130,7 @@ def evaluate_batch(
     scores = score_heads(heads, hidden, labels, recipe.ranks)
     weights = recipe.decay ** torch.arange(1, heads.spec.num_heads + 1, device=hidden.device)
     loss = (weights * scores.losses.sum(dim=0) / scores.drafted.sum(dim=0).clamp(min=1)).sum()
-    return {
-        "loss": loss,
-        "hits": scores.hits,
-        "losses": scores.losses,
-        "positions": scores.positions,
-        "drafted": scores.drafted,
-    }
+    return {"loss": loss, **vars(scores)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ import torch
 
 from vllm_medusa.messages import shortened
 from vllm_medusa.tree.drafts import Drafts
+from vllm_medusa.tree.levels import LevelHeads, LevelPlan
 from vllm_medusa.tree.topology import ROOT, DraftTree
 
 Path = tuple[int, ...]
@@ -84,6 +85,7 @@ class StaticTree:
         """Return a tree that drafts on another device."""
         moved = copy.copy(self)
         moved.__dict__["_nodes"] = _Nodes(*(each.to(device) for each in self._nodes))
+        moved.__dict__["_plan"] = self._plan.to(device)
         return moved
 
     def draft(
@@ -98,8 +100,23 @@ class StaticTree:
             chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
+        return self._drafts(tokens[:, self._nodes.heads, self._nodes.ranks], chained)
+
+    def draft_by_level(
+        self,
+        heads: LevelHeads,
+        roots: torch.Tensor,  # [num_reqs], int64
+        chained: torch.Tensor | None = None,  # [num_reqs], bool
+    ) -> Drafts:
+        """Draft as ``draft`` does from heads that read the path to a node; ``roots`` are the last sampled tokens."""
+        return self._drafts(self._plan.fill(heads, roots), chained)
+
+    def _drafts(
+        self,
+        drafted: torch.Tensor,  # [num_reqs, num_nodes], int64
+        chained: torch.Tensor | None,  # [num_reqs], bool
+    ) -> Drafts:
         nodes = self._nodes
-        drafted = tokens[:, nodes.heads, nodes.ranks]
         if chained is None:
             return Drafts(drafted, nodes.parents.expand_as(drafted), nodes.length.expand(len(drafted)))
         return Drafts(
@@ -107,6 +124,10 @@ class StaticTree:
             parents=torch.where(chained[:, None], nodes.chain_parents, nodes.parents),
             lengths=torch.where(chained, nodes.chain_length, nodes.length),
         )
+
+    @cached_property
+    def _plan(self) -> LevelPlan:
+        return LevelPlan.of(self.topology, self.ranks.tolist())
 
     @cached_property
     def _nodes(self) -> _Nodes:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tree for each request and step, grown level by level from heads that read the path to a node.
+
+What such a head says of a node's children depends on the node, so probabilities are not known beforehand. At each depth
+the most probable nodes, the beam, are asked for their children; of all nodes so found the most probable ones make the
+tree. A path's probability is the product of its tokens', each given the path before it. It falls along the path, so
+every parent comes before its children. Against the best tree of as many nodes only children of nodes outside the beam
+can be missing. All shapes are fixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+
+from vllm_medusa.tree.drafts import Drafts
+from vllm_medusa.tree.levels import Asked, LevelHeads
+from vllm_medusa.tree.static import check_size
+
+
+class BeamTree:
+    """Grows a tree of at most ``num_nodes`` nodes for each request.
+
+    Args:
+        num_heads: heads that draft, the deepest node's depth.
+        num_nodes: most nodes of a tree, the root not counted.
+        top_k: most children of a node.
+        beam: most nodes of a depth that may have children.
+        min_probability: the least probability of a path that is drafted.
+
+    Raises:
+        ValueError: ``num_nodes`` is too many, or more than the beam can find.
+
+    """
+
+    branches = True
+
+    def __init__(self, num_heads: int, num_nodes: int, top_k: int, beam: int, min_probability: float) -> None:
+        check_size(num_nodes)
+        self.depth = min(num_heads, num_nodes)
+        self.num_nodes, self.top_k = num_nodes, min(top_k, num_nodes)
+        self.beam, self.min_probability = beam, min_probability
+        found = self._candidates(self.depth) - 1
+        if found < num_nodes:
+            raise ValueError(
+                f"medusa_tree: {self.depth} heads give trees of at most {found} nodes where {beam} of a depth may "
+                f"have {self.top_k} children each, not {num_nodes}; lower num_speculative_tokens or raise medusa_top_k"
+            )
+        self._rows = torch.arange(num_nodes + 1)
+
+    def to(self, device: torch.device) -> BeamTree:
+        """Return a tree that grows on another device."""
+        moved = copy.copy(self)
+        moved._rows = self._rows.to(device)
+        return moved
+
+    def draft(
+        self,
+        heads: LevelHeads,
+        roots: torch.Tensor,  # [num_reqs], int64
+        chained: torch.Tensor | None = None,  # [num_reqs], bool
+    ) -> Drafts:
+        """Grow each request's tree, best first.
+
+        Args:
+            heads: heads that have not been asked yet.
+            roots: the token that the target has sampled last.
+            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
+
+        """
+        num_reqs = len(roots)
+        asked, own = Asked(roots[:, None]), roots.new_zeros(num_reqs, 1)  # Candidate 0 is the root.
+        scores = torch.zeros(num_reqs, 1, device=roots.device)
+        all_tokens, all_parents, all_scores = [asked.tokens], [own], [scores]
+        for depth in range(1, self.depth + 1):
+            tokens, log_probs = heads.children(asked, self.top_k)
+            of_path = scores[:, :, None] + log_probs.nan_to_num(nan=-math.inf, neginf=-math.inf)
+            if chained is not None:
+                of_path[:, 1:].masked_fill_(chained[:, None, None], -math.inf)
+                of_path[:, :, 1:].masked_fill_(chained[:, None, None], -math.inf)
+            tokens, of_path = tokens.flatten(1), of_path.flatten(1)
+            all_tokens.append(tokens)
+            all_parents.append(own.repeat_interleave(self.top_k, dim=1))
+            all_scores.append(of_path)
+            if depth < self.depth:
+                scores, index = of_path.topk(min(self.beam, of_path.shape[1]), dim=1)
+                asked = Asked(tokens.gather(1, index), index // self.top_k)
+                own = index + self._candidates(depth - 1)
+        return self._best(*(torch.cat(parts, dim=1) for parts in (all_tokens, all_parents, all_scores)))
+
+    def _best(
+        self,
+        tokens: torch.Tensor,  # [num_reqs, candidates], int64
+        parents: torch.Tensor,  # [num_reqs, candidates], int64, each one's parent among the candidates
+        scores: torch.Tensor,  # [num_reqs, candidates], float32, logarithms of the paths' probabilities
+    ) -> Drafts:
+        """Make the tree of the most probable candidates."""
+        if self.min_probability:
+            scores = scores.masked_fill(scores < math.log(self.min_probability), -math.inf)
+        # A stable sort keeps the order of the candidates among equals, in which parents come first.
+        best = scores.sort(dim=1, descending=True, stable=True)
+        candidate, scores = (each[:, : self.num_nodes + 1] for each in (best.indices, best.values))
+        row_of = torch.zeros_like(tokens).scatter_(1, candidate, self._rows.expand_as(candidate))
+        node, scores = candidate[:, 1:], scores[:, 1:]
+        return Drafts(
+            tokens=tokens.gather(1, node),
+            parents=row_of.gather(1, parents.gather(1, node)),
+            lengths=(scores > -math.inf).sum(dim=1),
+            log_probs=scores,
+        )
+
+    def _candidates(self, depth: int) -> int:
+        """Return how many candidates there are of at most a depth, the root counted."""
+        asked = [1]
+        for _ in range(1, depth):
+            asked.append(min(self.beam, asked[-1] * self.top_k))
+        return 1 + self.top_k * sum(asked[:depth])

@@ -24,6 +24,7 @@ class MedusaHeadsConfig(PretrainedConfig):
         vocab_size: the target's vocabulary size; 0 if not given.
         truncated_vocab_size: rows of the heads' LM heads; fewer than ``vocab_size`` with a ``token_map``.
         original_lm_head: whether all heads use the target's LM head; the checkpoint then needs none.
+        sequential_path_rank: rank of the layers with which heads read the path to a node; None for plain heads.
         logit_scale: factor on the heads' logits.
         medusa_tree: the best tree for these heads, in the form of the option ``medusa_tree``; None if not calibrated.
         medusa_accuracies: ``[heads][ranks]``, held-out accuracies; sparse trees are grown from them.
@@ -40,6 +41,7 @@ class MedusaHeadsConfig(PretrainedConfig):
         vocab_size: int | None = 0,
         truncated_vocab_size: int | None = None,
         original_lm_head: bool = False,
+        sequential_path_rank: int | None = None,
         logit_scale: float = 1.0,
         medusa_tree: str | list[Any] | None = None,
         medusa_accuracies: list[list[float]] | None = None,
@@ -51,6 +53,7 @@ class MedusaHeadsConfig(PretrainedConfig):
         self.vocab_size = vocab_size or 0
         self.truncated_vocab_size = truncated_vocab_size
         self.original_lm_head = original_lm_head
+        self.sequential_path_rank = sequential_path_rank
         self.logit_scale = logit_scale
         self.medusa_tree = medusa_tree
         self.medusa_accuracies = medusa_accuracies

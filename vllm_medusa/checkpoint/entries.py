@@ -35,6 +35,9 @@ class _Entries(BaseModel):
     )
     original_lm_head: bool = Field(False, description="true or false")
     medusa_fc_bias: bool = Field(False, description="true or false")
+    sequential_path_rank: int | None = Field(
+        None, ge=1, le=MOST_WIDTH, description=f"an integer from 1 to {MOST_WIDTH}"
+    )
     logit_scale: float = Field(1.0, gt=0, le=1e6, description="a number above 0")
     medusa_tree: str | list[Any] | None = Field(None, description='a tree: a name such as "sparse", or a list')
     medusa_accuracies: list[Any] | None = Field(

@@ -23,6 +23,9 @@ WEIGHTS_FILE = "model.safetensors"
 TOKEN_MAP = "token_map"
 """The tensor ``[draft_vocab_size]`` of integers that names the target's token of each row of the heads' LM heads."""
 
+PATH_RANK = "sequential_path_rank"
+"""The entry of ``config.json`` that only sequentially dependent heads have (Hydra, arXiv 2402.05109)."""
+
 TO_CONVERT = "convert published heads with vllm-medusa convert"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +45,8 @@ class HeadsSpec:
         shared_lm_head: whether all heads use one copy of the target's LM head instead of one LM head each.
         draft_vocab_size: tokens that the heads can draft, the rows of their LM heads, fewer than ``vocab_size``; the
             tensor ``token_map`` says which tokens these are. None: all.
+        path_rank: rank of the layers through which heads read the path to the node that they continue (see
+            ``training.paths``). None: plain Medusa heads, which read the hidden state alone.
 
     Raises:
         ValueError: a size is not a positive integer, or the draft vocabulary is not smaller than the vocabulary.
@@ -55,10 +60,13 @@ class HeadsSpec:
     fc_bias: bool = True
     shared_lm_head: bool = False
     draft_vocab_size: int | None = None
+    path_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers", "path_rank"):
             value = getattr(self, name)
+            if name == "path_rank" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
@@ -74,6 +82,7 @@ class HeadsSpec:
 
     def to_config(self) -> dict[str, Any]:
         """Return the entries of ``config.json``, under vLLM's names."""
+        sequential = {} if self.path_rank is None else {PATH_RANK: self.path_rank}
         return {
             "model_type": "medusa",
             "architectures": ["MedusaModel"],
@@ -84,6 +93,7 @@ class HeadsSpec:
             "num_hidden_layers": self.num_layers,
             "medusa_fc_bias": self.fc_bias,
             "original_lm_head": self.shared_lm_head,
+            **sequential,
         }
 
     @classmethod
@@ -116,6 +126,7 @@ class HeadsSpec:
             fc_bias=bool(config.get("medusa_fc_bias", False)),
             shared_lm_head=bool(config.get("original_lm_head", False)),
             draft_vocab_size=None if truncated == vocab_size else truncated,
+            path_rank=config.get(PATH_RANK),
         )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -126,6 +137,8 @@ class HeadsSpec:
                 shapes[f"blocks.{head}.layers.{layer}.weight"] = (self.hidden_size, self.hidden_size)
                 if self.fc_bias:
                     shapes[f"blocks.{head}.layers.{layer}.bias"] = (self.hidden_size,)
+            if self.path_rank is not None:
+                shapes |= path_shapes(head, self.hidden_size, self.path_rank)
         for head in range(1 if self.shared_lm_head else self.num_heads):
             shapes[f"lm_heads.{head}.weight"] = (self.lm_head_rows, self.hidden_size)
         if self.draft_vocab_size is not None:
@@ -157,6 +170,16 @@ class HeadsSpec:
                 f"{TOKEN_MAP} holds {token_map[:3].tolist()}...; it must hold {self.draft_vocab_size} different tokens "
                 f"of the target's {self.vocab_size}"
             )
+
+
+def path_shapes(head: int, hidden_size: int, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor with which a head, counted from 0, reads a path."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"paths.{head}.down.weight": (rank, hidden_size),
+        f"paths.{head}.down.bias": (rank,),
+        f"paths.{head}.up.weight": (hidden_size, rank),
+    }
+    return shapes | {f"paths.{head}.tokens.{place}.weight": (rank, hidden_size) for place in range(head + 1)}
 
 
 def check_dtype(name: str, tensor: torch.Tensor) -> None:

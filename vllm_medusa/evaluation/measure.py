@@ -16,7 +16,7 @@ from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.progress import progress
 from vllm_medusa.training.accuracy import score_heads
 from vllm_medusa.training.heads import TrainableHeads
-from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
+from vllm_medusa.training.hidden import embedding_of, final_hidden_states, lm_head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,6 +57,8 @@ def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel)
         token_map = None if spec.draft_vocab_size is None else torch.empty(spec.draft_vocab_size, dtype=torch.int64)
         heads = TrainableHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size), token_map)
     heads.load_state_dict(read_state(directory), assign=True)
+    if spec.path_rank is not None:
+        heads.embedding = embedding_of(target)
     weight = lm_head_of(target).get_parameter("weight")
     return heads.to(weight.device, weight.dtype)
 
@@ -90,7 +92,7 @@ def evaluate_heads(
     with progress("Heads' accuracy, batches", len(batches), show_progress) as shown:
         for tokens, labels in batches:
             hidden = final_hidden_states(target, tokens.to(target.device))
-            scores = score_heads(heads, hidden, labels.to(hidden.device), ranks)
+            scores = score_heads(heads, hidden, labels.to(hidden.device), ranks, tokens.to(hidden.device))
             hits += scores.hits.sum(dim=0).cpu()
             positions += scores.positions.sum(dim=0).cpu()
             shown.advance(tokens=tokens.numel())

@@ -13,6 +13,7 @@ from torch.nn import functional
 from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.losses import Logits, head_pairs, lm_loss
+from vllm_medusa.training.paths import path_tokens
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ def score_heads(
     hidden: torch.Tensor,  # [batch, length, hidden_size]
     labels: torch.Tensor,  # [batch, length], int64
     ranks: int,
+    input_ids: torch.Tensor | None = None,  # [batch, length], int64
 ) -> Scores:
     """Score each head's ``ranks`` most probable tokens; only one head's logits of one block are in memory at a time.
 
-    A label that the heads cannot draft is a position without a hit.
+    A label that the heads cannot draft is a position without a hit. Sequential heads read the path to each label in
+    ``input_ids``.
     """
     shape = (len(hidden), heads.spec.num_heads)
     hits = torch.zeros(*shape, ranks, dtype=torch.int64, device=hidden.device)
@@ -56,7 +59,8 @@ def score_heads(
             positions[block, head] = (labels[block, head + 2 :] != IGNORED).sum()
             known = expected != IGNORED
             drafted[block, head] = known.sum()
-            logits, expected = heads.logits(head, states[known]).float(), expected[known]
+            path = None if input_ids is None else path_tokens(head, input_ids[block : block + 1])[known]
+            logits, expected = heads.logits(head, states[known], path).float(), expected[known]
             best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
             hits[block, head, : best.shape[1]] = (best == expected[:, None]).sum(dim=0)
             losses[block, head] = functional.cross_entropy(logits, expected, reduction="sum")

@@ -25,6 +25,12 @@ class Recipe(BaseModel):
         default=4, ge=1, description="Heads to train: head k predicts the token k after the next one."
     )
     num_layers: int = Field(default=1, ge=1, description="Residual layers per head.")
+    path_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train sequentially dependent heads, which read the path to a node through layers of this rank. "
+        "Default: plain Medusa heads.",
+    )
     shared_lm_head: bool = Field(
         default=False, description="Let all heads use the target's LM head; train the layers only."
     )
@@ -178,6 +184,11 @@ class TrainConfig(Medusa2Recipe):
             raise ValueError(
                 f"cache_directory is a setting of cache_hidden, got {str(self.cache_directory)!r} without it; "
                 "set cache_hidden, or leave cache_directory out"
+            )
+        if self.path_rank is not None and self.method == "medusa2" and self.target_training == "full":
+            raise ValueError(
+                f"path_rank is not for target_training 'full', got {self.path_rank}: the heads read the target's input "
+                "embedding, which would change; use target_training 'lora'"
             )
         if self.quantization != "none" and self.method == "medusa2" and self.target_training == "full":
             raise ValueError(

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.data.packing import IGNORED
+from vllm_medusa.training.paths import PathTerm, normed
 
 
 class ResidualLayers(nn.Module):
@@ -35,18 +36,32 @@ class TrainableHeads(nn.Module):
             of it, so untrained heads predict what the target predicts. A shared LM head is not trained.
         token_map: ``[draft_vocab_size]``, int64: the tokens of the draft vocabulary, whose rows the LM heads take;
             None if the spec has none.
+        embedding: ``[vocab_size, hidden_size]``: the target's input embedding, for heads that read paths.
 
     """
 
     token_map: torch.Tensor | None
+    embedding: torch.Tensor | None
 
-    def __init__(self, spec: HeadsSpec, lm_head: torch.Tensor, token_map: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        spec: HeadsSpec,
+        lm_head: torch.Tensor,
+        token_map: torch.Tensor | None = None,
+        embedding: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("token_map", token_map)
+        # The target's own: no part of the checkpoint.
+        self.register_buffer("embedding", None if spec.path_rank is None else embedding, persistent=False)
         self.blocks = nn.ModuleList(
             ResidualLayers(spec.hidden_size, spec.num_layers, spec.fc_bias) for _ in range(spec.num_heads)
         )
+        if spec.path_rank is not None:
+            self.paths = nn.ModuleList(
+                PathTerm(spec.hidden_size, spec.path_rank, head + 1) for head in range(spec.num_heads)
+            )
         self.lm_heads = nn.ModuleList(
             nn.Linear(spec.hidden_size, spec.lm_head_rows, bias=False)
             for _ in range(1 if spec.shared_lm_head else spec.num_heads)
@@ -56,12 +71,30 @@ class TrainableHeads(nn.Module):
                 weight.copy_(lm_head if token_map is None else lm_head[token_map])
         self.lm_heads.requires_grad_(not spec.shared_lm_head)
 
-    def logits(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[..., spec.lm_head_rows]`` of one head, counted from 0.
+    def states(
+        self,
+        head: int,
+        hidden: torch.Tensor,  # [positions, hidden_size]
+        path: torch.Tensor | None = None,  # [positions, head + 1], int64
+    ) -> torch.Tensor:
+        """Return what one head's LM head reads, ``[positions, hidden_size]``.
 
-        ``hidden`` are the target's hidden states after its final norm, ``[..., hidden_size]``.
+        Args:
+            head: the head, counted from 0.
+            hidden: the target's hidden states after its final norm.
+            path: the tokens from the root down to the node that the head continues; read by sequential heads only.
+
         """
-        return functional.linear(self.blocks[head](hidden), self.lm_head(head))
+        states = self.blocks[head](hidden)
+        if self.spec.path_rank is None:
+            return states
+        assert path is not None
+        assert self.embedding is not None
+        return states + self.paths[head](hidden, normed(self.embedding[path].to(hidden.dtype)))
+
+    def logits(self, head: int, hidden: torch.Tensor, path: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits ``[positions, spec.lm_head_rows]`` of one head; see ``states``."""
+        return functional.linear(self.states(head, hidden, path), self.lm_head(head))
 
     def lm_head(self, head: int) -> torch.Tensor:
         """Return the weight ``[spec.lm_head_rows, hidden_size]`` of a head's LM head; all heads may share one."""

@@ -21,6 +21,23 @@ def lm_head_of(target: PreTrainedModel) -> nn.Linear:
     return lm_head
 
 
+def embedding_of(target: PreTrainedModel) -> torch.Tensor:
+    """Return a target's input embedding, ``[vocab_size, hidden_size]``, which it does not train.
+
+    Raises:
+        ValueError: it is not as wide as the hidden states, so that heads cannot read both alike.
+
+    """
+    weight = target.get_input_embeddings().weight.detach()
+    width = lm_head_of(target).weight.shape[1]
+    if weight.shape[1] != width or not weight.is_floating_point():
+        raise ValueError(
+            f"path_rank: the input embedding of {type(target).__name__} is {weight.shape[1]} wide, its hidden states "
+            f"{width}; leave path_rank out"
+        )
+    return weight
+
+
 def final_hidden_states(
     target: PreTrainedModel,
     tokens: torch.Tensor,  # [batch, length], int64

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.divergence import Expected, linear_divergence
 from vllm_medusa.training.heads import TrainableHeads
+from vllm_medusa.training.paths import path_tokens
 from vllm_medusa.training.teacher import TopTokens
 
 CHUNK_SIZE = 4096
@@ -65,6 +66,7 @@ def medusa_loss(
     chunk_size: int = CHUNK_SIZE,
     counts: LabelCounts | None = None,
     teacher: TopTokens | None = None,
+    input_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the heads' loss, ``sum_k decay^k CE_k`` (the paper's equation 1), a scalar.
 
@@ -84,6 +86,7 @@ def medusa_loss(
         chunk_size: positions per chunk, counted for each head.
         counts: the step's label counts; default: this batch's.
         teacher: the target's most probable tokens; default: labels are learnt.
+        input_ids: ``[batch, length]``, int64: the text, of which sequential heads read the path to each label.
 
     """
     counts = counts or LabelCounts.of(count_labels(labels, heads))
@@ -92,7 +95,8 @@ def medusa_loss(
     for head, count in enumerate(counts.heads):
         of_head, of_labels = head_pairs(head, hidden, rows)
         labelled = of_labels != IGNORED
-        states.append(heads.blocks[head](of_head[labelled]))
+        path = None if input_ids is None else path_tokens(head, input_ids)[labelled]
+        states.append(heads.states(head, of_head[labelled], path))
         weight = decay ** (head + 1) / (count or 1)
         if teacher is None:
             expected.append(Expected.labels(of_labels[labelled], weight))

@@ -17,7 +17,7 @@ from vllm_medusa.training.accuracy import HeldOut, score_heads
 from vllm_medusa.training.config import HeadsLoss, Medusa1Config, Recipe
 from vllm_medusa.training.draft_vocabulary import DraftVocabulary
 from vllm_medusa.training.heads import TrainableHeads
-from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
+from vllm_medusa.training.hidden import embedding_of, final_hidden_states, lm_head_of
 from vllm_medusa.training.losses import LabelCounts, medusa_loss
 from vllm_medusa.training.target_logits import TargetLogits
 from vllm_medusa.training.teacher import Teacher, TopTokens
@@ -46,9 +46,11 @@ def untrained_heads(
         num_layers=recipe.num_layers,
         shared_lm_head=recipe.shared_lm_head,
         draft_vocab_size=None if vocabulary is None else len(vocabulary.tokens),
+        path_rank=recipe.path_rank,
     )
+    embedding = None if spec.path_rank is None else embedding_of(target)
     token_map = None if vocabulary is None else vocabulary.tokens.to(lm_head.weight.device)
-    return TrainableHeads(spec, lm_head.weight, token_map).to(lm_head.weight.device)
+    return TrainableHeads(spec, lm_head.weight, token_map, embedding).to(lm_head.weight.device)
 
 
 class Medusa1(nn.Module):
@@ -112,22 +114,25 @@ class Medusa1(nn.Module):
                 hidden = final_hidden_states(self.target, input_ids)
         recipe = self.recipe
         if not self.training:
-            return evaluate_batch(self.heads, hidden.float(), labels, recipe)
+            return evaluate_batch(self.heads, hidden.float(), input_ids, labels, recipe)
         teacher = None if self.teacher is None else self.teacher(hidden)
         if top_tokens is not None and top_log_probs is not None:
             teacher = TopTokens(top_tokens, top_log_probs)
-        loss = medusa_loss(self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts, teacher)
+        loss = medusa_loss(
+            self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts, teacher, input_ids
+        )
         return {"loss": loss}
 
 
 def evaluate_batch(
     heads: TrainableHeads,
     hidden: torch.Tensor,  # [batch, length, hidden_size]
+    input_ids: torch.Tensor,  # [batch, length], int64
     labels: torch.Tensor,  # [batch, length], int64
     recipe: Recipe,
 ) -> dict[str, torch.Tensor]:
     """Return the heads' loss, and the scores of each block in the order of ``HeldOut.of``'s arguments."""
-    scores = score_heads(heads, hidden, labels, recipe.ranks)
+    scores = score_heads(heads, hidden, labels, recipe.ranks, input_ids)
     weights = recipe.decay ** torch.arange(1, heads.spec.num_heads + 1, device=hidden.device)
     loss = (weights * scores.losses.sum(dim=0) / scores.drafted.sum(dim=0).clamp(min=1)).sum()
     return {"loss": loss, **vars(scores)}

@@ -79,7 +79,9 @@ class Medusa2(nn.Module):
             hidden = final_hidden_states(self.target, input_ids)
         recipe = self.recipe
         teacher = None if self.teacher is None else self.teacher(hidden.detach())
-        heads_loss = medusa_loss(self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts, teacher)
+        heads_loss = medusa_loss(
+            self.heads, hidden.float(), labels, recipe.decay, recipe.chunk_size, counts, teacher, input_ids
+        )
         if frozen:
             return {"loss": weights.heads * heads_loss, "heads_loss": heads_loss}
         target_loss = self._target_loss(input_ids, hidden, labels, counts)
@@ -109,7 +111,7 @@ class Medusa2(nn.Module):
         weights: LossWeights,
     ) -> dict[str, torch.Tensor]:
         hidden = final_hidden_states(self.target, input_ids)
-        heads = evaluate_batch(self.heads, hidden.float(), labels, self.recipe)
+        heads = evaluate_batch(self.heads, hidden.float(), input_ids, labels, self.recipe)
         lm_losses, lm_positions = score_target(self.logits, hidden, labels)
         own = lm_losses.sum() / lm_positions.sum().clamp(min=1)
         loss = own + weights.heads * heads["loss"]

@@ -17,8 +17,8 @@ from vllm_medusa.checkpoint.hub import require_name
 from vllm_medusa.checkpoint.served import check_directory
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER, WORKERS
 from vllm_medusa.messages import shortened, shortened_message
-from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.options import NAMED_TREES, Tree, TreeOptions
+from vllm_medusa.tree.static import StaticTree
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -127,7 +127,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         self._fit_heads_to_target()
         tree = self._build_tree()
         self.num_speculative_tokens = tree.num_nodes
-        self.medusa_tree = "dynamic" if isinstance(tree, DynamicTree) else tree.choices
+        self.medusa_tree = tree.choices if isinstance(tree, StaticTree) else "dynamic"
         self._check_branching(tree)
         self.method = ENGINE_METHOD
         self.model = PROPOSER
@@ -219,6 +219,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             top_k=self.medusa_top_k,
             min_probability=self.medusa_min_probability,
             default_min_probability=0.0,
+            sequential=heads.sequential_path_rank is not None,
         )
 
     def _check_target(self) -> None:

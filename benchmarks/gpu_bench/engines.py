@@ -178,11 +178,12 @@ class Engine:
     def proposal_seconds(self, requests: int) -> float:
         """Return the device's time for a proposal, from hidden states to drafts; to be called between batches."""
         speculator = self._speculator
-        hidden = speculator.graphs.buffers.hidden[:requests].normal_()
+        buffers = speculator.graphs.buffers
+        hidden, roots = buffers.hidden[:requests].normal_(), buffers.roots[:requests]
 
         def propose() -> None:
             if speculator.graphs.replay(requests) is None:
-                speculator.proposer.propose(hidden)
+                speculator.proposer.propose(hidden, roots)
 
         propose()
         if hidden.device.type == "cuda":

@@ -56,8 +56,8 @@ def test_replayed_proposals_are_those_of_the_heads(
         graphs = capture(runner)
         proposer = runner.speculator.proposer
         for num_reqs in (1, 3, 2, 4):
-            hidden = graphs.buffers.hidden[:num_reqs].normal_()
-            replayed, drafts = graphs.replay(num_reqs), proposer.propose(hidden)
+            hidden, roots = graphs.buffers.hidden[:num_reqs].normal_(), graphs.buffers.roots[:num_reqs].random_(90)
+            replayed, drafts = graphs.replay(num_reqs), proposer.propose(hidden, roots)
             assert replayed is not None
             for name in ("tokens", "parents", "lengths"):
                 assert torch.equal(getattr(replayed, name), getattr(drafts, name))
@@ -73,14 +73,15 @@ def test_requests_that_follow_a_grammar_are_not_replayed(tiny_target: Path, tiny
         graphs, speculator = capture(runner), runner.speculator
         hidden = torch.randn(2, runner.model_config.get_hidden_size())
         batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
+        arguments = (batch, {}, {}, hidden, None, None, None, roots := torch.zeros(2, dtype=torch.int64))
         speculator.stopped_at, speculator.chained = torch.tensor([1, 0]), torch.tensor([True, False])
-        tokens = speculator.propose(batch, {}, {}, hidden)
-        drafts = speculator.proposer.propose(hidden.flip(0), speculator.chained)
+        tokens = speculator.propose(*arguments)
+        drafts = speculator.proposer.propose(hidden.flip(0), roots, speculator.chained)
         assert torch.equal(tokens, drafts.padded_tokens())
         assert torch.equal(speculator.drafts.by_slot[:2], drafts.parents.flip(0))
         speculator.chained = None
-        tokens = speculator.propose(batch, {}, {}, hidden)
-        assert torch.equal(tokens, speculator.proposer.propose(hidden.flip(0)).tokens)
+        tokens = speculator.propose(*arguments)
+        assert torch.equal(tokens, speculator.proposer.propose(hidden.flip(0), roots).tokens)
         assert num_replays(graphs) == [0, 1, 0]
 
 

@@ -48,6 +48,11 @@ class Walk:
         lengths = (rows >= 0).sum(dim=1, dtype=torch.int32)
         return cls(tokens, rows, lengths, trees.logits_indices[rows.amax(dim=1)])
 
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """``[num_reqs]``, int64: the last token that each request emitted, the root of its next tree."""
+        return self.tokens.gather(1, self.lengths.long()[:, None] - 1).squeeze(1)
+
     def shifted(self, first_row: int) -> Walk:
         """Return the walk in a step where this one's row 0 is that row."""
         return replace(self, rows=torch.where(self.rows >= 0, self.rows + first_row, NO_TOKEN))

@@ -26,6 +26,10 @@ TOKEN_MAP = "token_map"
 PATH_RANK = "sequential_path_rank"
 """The entry of ``config.json`` that only sequentially dependent heads have (Hydra, arXiv 2402.05109)."""
 
+NORM_EPS = 1e-10
+"""Of the input embeddings that sequential heads read: far below their mean square, so that a model's own scale of its
+embeddings changes nothing."""
+
 TO_CONVERT = "convert published heads with vllm-medusa convert"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

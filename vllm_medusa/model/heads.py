@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_medusa.checkpoint.config import MedusaHeadsConfig
-from vllm_medusa.checkpoint.format import check_dtype, dtype_name
+from vllm_medusa.checkpoint.format import check_dtype, dtype_name, path_shapes
 from vllm_medusa.checkpoint.published import HeadTensor
 from vllm_medusa.messages import some_of
 from vllm_medusa.model.lm_heads import OwnLMHeads, TargetLMHead
+from vllm_medusa.model.paths import PathHeads, PathTerms
 from vllm_medusa.tree.options import Tree
 
 
@@ -112,15 +113,23 @@ class MedusaHeads(nn.Module):
             )
             self.lm_heads.check_top_k(tree.top_k)
             self.logits_processor.scale = config.logit_scale
+        self.paths: PathTerms | None = None
+        if config.sequential_path_rank is not None:
+            self.paths = PathTerms(
+                self.num_heads, config.hidden_size, config.sequential_path_rank, maybe_prefix(prefix, "paths")
+            )
         # Drafts need no finer logits than the model's dtype gives, whatever the target's own head is asked for.
         self.logits_processor.head_dtype = None
         self.token_map: torch.Tensor | None = None
         self._target: TargetLMHead | None = None
+        self._embed: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def share_lm_head(self, target: nn.Module) -> None:
-        """Let heads without LM heads of their own use the target's."""
+    def share(self, target: Any) -> None:
+        """Let heads without LM heads of their own use the target's, and those that read paths its input embedding."""
         if self.lm_heads is None:
             self._target = TargetLMHead(target)
+        if self.paths is not None:
+            self._embed = target.embed_input_ids
 
     def forward(
         self,
@@ -153,6 +162,27 @@ class MedusaHeads(nn.Module):
         """Return the tokens as ``top_tokens`` does, and before them their log-probabilities, float32."""
         return self._top(hidden, top_k, return_log_probs=True)
 
+    def by_level(
+        self,
+        hidden: torch.Tensor,  # [requests, hidden_size]
+    ) -> PathHeads:
+        """Return sequential heads on these hidden states, to be asked level by level."""
+        assert self.paths is not None
+        assert self._embed is not None
+        return PathHeads(self(hidden), self.paths.start(hidden), self.paths, self._embed, self._best_of_head)
+
+    def _best_of_head(
+        self,
+        head: int,
+        states: torch.Tensor,  # [rows, hidden_size]
+        top_k: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # both [rows, top_k]
+        lm_head = self._lm_head
+        if isinstance(lm_head, OwnLMHeads):
+            lm_head = lm_head.of_head(head)
+        tokens, log_probs = self.logits_processor.get_top_k_tokens(lm_head, states, top_k, return_log_probs=True)
+        return tokens if self.token_map is None else self.token_map[tokens], log_probs
+
     @property
     def _lm_head(self) -> Any:
         return self.lm_heads if self._target is None else self._target
@@ -171,7 +201,7 @@ class MedusaHeads(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; see the class for names and errors."""
         parameters = dict(self.named_parameters())
-        for layer in self.blocks.layers:
+        for layer in (*self.blocks.layers, *([] if self.paths is None else [self.paths.down])):
             layer.get_parameter("bias").data.zero_()
         shapes = self._shapes()
         missing = {name for name in shapes if not name.endswith(".bias")}
@@ -180,6 +210,11 @@ class MedusaHeads(nn.Module):
             name = stored_name if tensor_of_head is None else tensor_of_head.served_name
             if name == "token_map":
                 self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
+            elif name.startswith("paths.") and name in shapes:
+                _check_shape(name, tensor, shapes[name])
+                check_dtype(name, tensor)
+                self._load_path(name, tensor)
+                missing.discard(name)
             elif tensor_of_head is not None and name in shapes:
                 _check_shape(name, tensor, shapes[name])
                 check_dtype(name, tensor)
@@ -223,6 +258,8 @@ class MedusaHeads(nn.Module):
             for layer in range(self.config.num_hidden_layers):
                 shapes[f"blocks.{head}.layers.{layer}.weight"] = (hidden, hidden)
                 shapes[f"blocks.{head}.layers.{layer}.bias"] = (hidden,)
+            if self.paths is not None:
+                shapes |= path_shapes(head, hidden, self.paths.rank)
             if self.lm_heads is not None and (head == 0 or not self.config.original_lm_head):
                 shapes[f"lm_heads.{head}.weight"] = (self.config.truncated_vocab_size, hidden)
         return shapes
@@ -238,6 +275,12 @@ class MedusaHeads(nn.Module):
             assert of.parameter is not None
             part = self.blocks.of_head(of.head, of.layer, of.parameter)
             part.copy_(tensor.view_as(part))
+
+    def _load_path(self, name: str, tensor: torch.Tensor) -> None:
+        assert self.paths is not None
+        _, head, rest = name.split(".", 2)
+        if int(head) < self.num_heads:
+            self.paths.part(int(head), rest).copy_(tensor)
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:

@@ -62,6 +62,17 @@ class _ProductPerHead(UnquantizedEmbeddingMethod):
         apply = super().apply
         return torch.cat([apply(part, each) for part, each in zip(layer.parts, states, strict=True)])
 
+    def apply_one(
+        self,
+        layer: Any,
+        head: int,
+        x: torch.Tensor,  # [rows, hidden_size]
+    ) -> torch.Tensor:  # [rows, rows of the vocabulary on this rank]
+        """Return this rank's logits of one head."""
+        if not layer.parts:
+            return x @ layer.weight[head].T
+        return super().apply(layer.parts[head], x)
+
 
 class OwnLMHeads(VocabParallelEmbedding):
     """An LM head for each head, parallel over the vocabulary.
@@ -86,6 +97,10 @@ class OwnLMHeads(VocabParallelEmbedding):
         rows[: end - start] = weight[start:end]
         rows[end - start :] = 0
 
+    def of_head(self, head: int) -> LMHeadOfOne:
+        """Return one head's LM head, for states that no other head reads."""
+        return LMHeadOfOne(self, head)
+
     def check_top_k(self, top_k: int) -> None:
         """Raise ``ValueError`` if a rank holds too few tokens to be asked for so many."""
         if top_k > self.num_embeddings_per_partition:
@@ -93,6 +108,29 @@ class OwnLMHeads(VocabParallelEmbedding):
                 f"medusa_tree: rank {top_k - 1} is asked for, but each tensor-parallel rank holds "
                 f"{self.num_embeddings_per_partition} of the heads' tokens; give smaller ranks or medusa_top_k"
             )
+
+
+class LMHeadOfOne:
+    """One of several LM heads, as ``LogitsProcessor`` takes an LM head; all may be one."""
+
+    def __init__(self, lm_heads: OwnLMHeads, head: int) -> None:
+        self.tp_size, self.shard_indices = lm_heads.tp_size, lm_heads.shard_indices
+        self._lm_heads: Any = lm_heads
+        self._head = min(head, lm_heads.quant_method.num_heads - 1)
+
+    @property
+    def quant_method(self) -> LMHeadOfOne:
+        """What multiplies, in ``LogitsProcessor``'s terms."""
+        return self
+
+    def apply(
+        self,
+        layer: LMHeadOfOne,
+        x: torch.Tensor,  # [rows, hidden_size]
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # [rows, rows of the vocabulary on this rank]
+        """Return this rank's logits."""
+        return self._lm_heads.quant_method.apply_one(self._lm_heads, self._head, x)
 
 
 class TargetLMHead:

@@ -10,8 +10,10 @@ from vllm.model_executor.model_loader import get_model
 
 from vllm_medusa.config import medusa_config
 from vllm_medusa.model.heads import MedusaHeads
+from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.dynamic import DynamicTree
+from vllm_medusa.tree.static import StaticTree
 
 V1_MIN_PROBABILITY = 0.15
 """Least probability of a dynamic tree's paths on V1, which serves CPUs: there a row costs about a seventh of what a
@@ -35,22 +37,29 @@ class MedusaProposer:
     def load_model(self, target_model: nn.Module) -> None:
         """Load the heads; ones without LM heads of their own share ``target_model``'s."""
         self.model = get_model(vllm_config=self.vllm_config, model_config=self.options.draft_model_config)
-        self.model.share_lm_head(target_model)
+        self.model.share(target_model)
         self.tree = self.tree.to(next(self.model.parameters()).device)
 
     @torch.inference_mode()
     def propose(
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size]
+        roots: torch.Tensor,  # [num_reqs], int64
         chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
         """Draft each request's next tokens.
 
         Args:
             hidden: the target's normed hidden state at the row where each request stopped.
+            roots: the token that was drawn there; read by sequential heads only.
             chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
+        if isinstance(self.tree, BeamTree):
+            return self.tree.draft(self.model.by_level(hidden), roots, chained)
+        if self.model.paths is not None:
+            assert isinstance(self.tree, StaticTree)
+            return self.tree.draft_by_level(self.model.by_level(hidden), roots, chained)
         if isinstance(self.tree, DynamicTree):
             log_probs, tokens = self.model.top_predictions(hidden, self.tree.top_k)
             return self.tree.draft(tokens, log_probs, chained)

@@ -12,8 +12,8 @@ from vllm.logger import init_logger
 
 from vllm_medusa.compat.version import vllm_version
 from vllm_medusa.config import medusa_config
-from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.options import Tree
+from vllm_medusa.tree.static import StaticTree
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
@@ -42,7 +42,7 @@ def log_start(vllm_config: VllmConfig, tree: Tree, groups: Iterable[AttentionGro
 
 def describe(tree: Tree) -> str:
     """Say in a few words what is drafted."""
-    if isinstance(tree, DynamicTree):
+    if not isinstance(tree, StaticTree):
         floor = f", paths of probability {tree.min_probability} and more" if tree.min_probability else ""
         return f"dynamic tree of at most {tree.num_nodes} nodes{floor}"
     if not tree.branches:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-NORM_EPS = 1e-10
-"""Small beside the mean square of any embedding, so that a model's own scale of its embeddings changes nothing."""
+from vllm_medusa.checkpoint.format import NORM_EPS
 
 
 class PathTerm(nn.Module):

@@ -12,6 +12,7 @@ import torch
 
 from vllm_medusa.files import read_json
 from vllm_medusa.messages import shortened, shortened_message
+from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import (
     StaticTree,
@@ -36,7 +37,10 @@ DYNAMIC_TOP_K = 10
 
 NAMED_TREES = ("sparse", "dynamic", "chain")
 
-Tree = StaticTree | DynamicTree
+DYNAMIC_BEAM = 4
+"""Nodes of a depth that may have children, in a tree of heads that read paths; each is a row for the LM head."""
+
+Tree = StaticTree | DynamicTree | BeamTree
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class TreeOptions:
         top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
         min_probability: the least probability of a path of a dynamic tree; None takes ``default_min_probability``.
         default_min_probability: that of a dynamic tree where ``min_probability`` is None.
+        sequential: whether the heads read the path to a node.
 
     """
 
@@ -63,6 +68,7 @@ class TreeOptions:
     top_k: int | None
     min_probability: float | None
     default_min_probability: float
+    sequential: bool = False
 
     def build(self, wanted: Any) -> Tree:
         """Build the tree that ``medusa_tree`` asks for, cut to ``num_nodes``.
@@ -104,10 +110,13 @@ class TreeOptions:
             )
         return tree if self.num_nodes is None else tree.prefix(self.num_nodes + 1)
 
-    def _dynamic(self) -> DynamicTree:
+    def _dynamic(self) -> DynamicTree | BeamTree:
         top_k = min(self.top_k or DYNAMIC_TOP_K, self.vocab_size)
         floor = self.default_min_probability if self.min_probability is None else self.min_probability
-        return DynamicTree(self.num_heads, self.num_nodes or self.default_num_nodes, top_k, floor)
+        num_nodes = self.num_nodes or self.default_num_nodes
+        if self.sequential:
+            return BeamTree(self.num_heads, num_nodes, top_k, DYNAMIC_BEAM, floor)
+        return DynamicTree(self.num_heads, num_nodes, top_k, floor)
 
     def _sparse(self) -> StaticTree:
         stored = self.accuracies or PUBLISHED_ACCURACIES

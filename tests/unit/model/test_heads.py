@@ -20,8 +20,12 @@ from vllm.distributed import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model
 
+from vllm_medusa.checkpoint.format import HeadsSpec, path_shapes
 from vllm_medusa.config import medusa_config
 from vllm_medusa.model.heads import MedusaHeads
+from vllm_medusa.training.heads import TrainableHeads
+from vllm_medusa.tree.beam import BeamTree
+from vllm_medusa.tree.options import TreeOptions
 
 HIDDEN, VOCAB, HEADS = 32, 96, 3
 """The vocabulary is no multiple of 64, to which vLLM pads LM heads: padding must never be drafted."""
@@ -189,7 +193,7 @@ def test_original_lm_head_shares_the_targets(load: Load) -> None:
 
     state = {name: tensor for name, tensor in random_state().items() if not name.startswith("lm_heads")}
     model, target = load(state, original_lm_head=True), Target()
-    model.share_lm_head(target)
+    model.share(target)
     hidden = torch.randn(4, HIDDEN)
     expected = plain_states(state, hidden) @ target.weight.T
     torch.testing.assert_close(model.compute_logits(model(hidden)), expected)
@@ -199,7 +203,7 @@ def test_original_lm_head_shares_the_targets(load: Load) -> None:
 def test_heads_with_lm_heads_of_their_own_ignore_the_targets(load: Load) -> None:
     state, hidden = random_state(), torch.randn(4, HIDDEN)
     model = load(state)
-    model.share_lm_head(torch.nn.Identity())
+    model.share(torch.nn.Identity())
     torch.testing.assert_close(model.compute_logits(model(hidden)), plain_logits(state, hidden))
 
 
@@ -228,7 +232,7 @@ def test_heads_share_the_rows_of_a_truncated_vocabulary(load: Load, batched: boo
     state, token_map = random_state(vocab=40), torch.randperm(VOCAB)[:40]
     stored = {name: tensor for name, tensor in state.items() if not name.startswith(("lm_heads.1", "lm_heads.2"))}
     model = load({**stored, "token_map": token_map}, truncated_vocab_size=40, original_lm_head=True)
-    model.share_lm_head(torch.nn.Identity())
+    model.share(torch.nn.Identity())
     assert model.lm_heads is not None
     assert len(model.lm_heads.parts) == 1
     if batched:
@@ -332,3 +336,85 @@ def test_heads_without_lm_heads_are_refused_unless_they_share_the_targets(load: 
     state = {name: tensor for name, tensor in random_state().items() if not name.startswith("lm_heads")}
     with pytest.raises(ValueError, match=r"lacks lm_heads.0.weight and 2 more"):
         load(state)
+
+
+RANK = 8
+
+
+def sequential_state(state: State) -> State:
+    """Add random layers that read paths."""
+    torch.manual_seed(1)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for head in range(HEADS):
+        shapes |= path_shapes(head, HIDDEN, RANK)
+    return state | {name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+
+
+class Embedding(torch.nn.Module):
+    """A target as far as heads that read paths need one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.weight = torch.randn(VOCAB, HIDDEN)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return 3 * self.weight[input_ids]  # Some models scale their embeddings.
+
+
+def trained(state: State, target: Embedding, **sizes: Any) -> TrainableHeads:
+    spec = HeadsSpec(HIDDEN, VOCAB, HEADS, path_rank=RANK, **sizes)
+    token_map = state.get("token_map")
+    heads = TrainableHeads(spec, torch.zeros(VOCAB, HIDDEN), token_map, target.weight)
+    heads.load_state_dict(state)
+    return heads
+
+
+@pytest.mark.parametrize("kind", ["own", "shared draft vocabulary"])
+@pytest.mark.parametrize("tree", [[3, 2, 2], "dynamic"])
+def test_sequential_heads_draft_along_each_path_what_they_say_in_training(load: Load, tree: Any, kind: str) -> None:
+    state, sizes, config = sequential_state(random_state()), {}, {"sequential_path_rank": RANK}
+    if kind != "own":
+        kept = torch.arange(0, VOCAB, 2)
+        state = {name: each for name, each in state.items() if not name.startswith("lm_heads.") or "s.0." in name}
+        state |= {"lm_heads.0.weight": state["lm_heads.0.weight"][kept], "token_map": kept}
+        sizes = {"shared_lm_head": True, "draft_vocab_size": len(kept)}
+        config |= {"original_lm_head": True, "truncated_vocab_size": len(kept)}
+    model, target = load(state, tree=tree, medusa_fc_bias=True, **config), Embedding()
+    model.share(target)
+    hidden, roots = torch.randn(2, HIDDEN), torch.tensor([5, 90])
+    options = TreeOptions(HEADS, VOCAB, None, 12, 12, 4, None, 0.0, sequential=True)
+    grown = options.build(tree)
+
+    with torch.inference_mode():
+        heads = model.by_level(hidden)
+        drafts = (
+            grown.draft(heads, roots) if isinstance(grown, BeamTree) else grown.draft_by_level(heads, roots)  # type: ignore[union-attr]
+        )
+
+    training = trained(state, target, **sizes)
+    for request in range(2):
+        paths, scores = [[int(roots[request])]], [0.0]
+        for node, token in enumerate(drafts.tokens[request].tolist()):
+            parent = int(drafts.parents[request, node])
+            path = torch.tensor([paths[parent]])
+            with torch.no_grad():
+                logits = training.logits(len(paths[parent]) - 1, hidden[request : request + 1], path)[0]
+            row = int(training.rows_of(torch.tensor([token])))
+            scores.append(scores[parent] + float(logits.log_softmax(-1)[row]))
+            paths.append([*paths[parent], token])
+            if drafts.log_probs is not None:
+                assert float(drafts.log_probs[request, node]) == pytest.approx(scores[-1], abs=1e-3)
+            else:
+                rank = grown.choices[node][-1]  # type: ignore[union-attr]
+                assert row == logits.topk(rank + 1).indices[-1]
+
+
+def test_sequential_heads_without_their_paths_layers_are_refused(load: Load) -> None:
+    with pytest.raises(ValueError, match=r"lacks paths\.0\.down\.weight and 11 more"):
+        load(random_state(), sequential_path_rank=RANK)
+
+
+def test_layers_that_read_paths_of_another_rank_are_refused(load: Load) -> None:
+    with pytest.raises(ValueError, match=r"paths\.0\.down\.bias' of shape \(8,\), the target needs \(4,\)"):
+        load(sequential_state(random_state()), sequential_path_rank=4)

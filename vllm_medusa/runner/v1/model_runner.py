@@ -126,7 +126,8 @@ class MedusaModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """Draft from the hidden state of the row where each request stopped."""
         assert self._walk is not None
-        drafts = self.drafter.propose(hidden_states[self._walk.stopped_at], self._chained())
+        walk = self._walk
+        drafts = self.drafter.propose(hidden_states[walk.stopped_at], walk.last_tokens, self._chained())
         self._drafts.keep(self.input_batch.req_ids, drafts)
         return [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
 

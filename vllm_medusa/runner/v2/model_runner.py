@@ -79,6 +79,10 @@ class MedusaSpeculator(BaseSpeculator):
         attn_metadata: dict[str, Any],
         slot_mappings: dict[str, torch.Tensor],
         last_hidden_states: torch.Tensor,  # [tokens, hidden_size]
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,  # [max_num_reqs, 1], int64
         *args: Any,
         dummy_run: bool = False,
         **kwargs: Any,
@@ -89,6 +93,9 @@ class MedusaSpeculator(BaseSpeculator):
             return self._draft(hidden, None).tokens
         assert self.stopped_at is not None
         torch.index_select(last_hidden_states, 0, self.stopped_at, out=hidden)
+        if self.proposer.model.paths is not None:
+            roots = self._buffers.roots[: input_batch.num_reqs]
+            torch.index_select(last_sampled.view(-1), 0, input_batch.idx_mapping, out=roots)
         drafts = self._draft(hidden, self.chained)
         self.drafts.keep(input_batch.idx_mapping, drafts)
         return drafts.tokens if self.chained is None else drafts.padded_tokens()
@@ -100,7 +107,7 @@ class MedusaSpeculator(BaseSpeculator):
     ) -> Drafts:
         """Draft by a captured graph if there is one; never where a request follows a grammar, which is rare."""
         captured = self.graphs.replay(len(hidden)) if self.graphs is not None and chained is None else None
-        return captured or self.proposer.propose(hidden, chained)
+        return captured or self.proposer.propose(hidden, self._buffers.roots[: len(hidden)], chained)
 
 
 class MedusaModelRunner(GPUModelRunner):

@@ -22,11 +22,13 @@ class ProposalBuffers:
 
     Attributes:
         hidden: ``[max_num_reqs, hidden_size]``: hidden states.
+        roots: ``[max_num_reqs]``, int64: the last sampled tokens, for heads that read them.
         drafts: what is drafted from them; no ``log_probs``, which verification on V2 does not ask for.
 
     """
 
     hidden: torch.Tensor
+    roots: torch.Tensor
     drafts: Drafts
 
     @classmethod
@@ -35,7 +37,8 @@ class ProposalBuffers:
         num_reqs, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
         hidden = torch.zeros(num_reqs, model.get_hidden_size(), dtype=model.dtype, device=device)
         nodes = torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device)
-        return cls(hidden, Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0])))
+        roots = torch.zeros(num_reqs, dtype=torch.int64, device=device)
+        return cls(hidden, roots, Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0])))
 
     def keep(self, drafts: Drafts) -> None:
         """Copy drafts into the buffers."""
@@ -65,20 +68,20 @@ class ProposalGraphs(CudaGraphManager):
 
     def capture_proposals(
         self,
-        propose: Callable[[torch.Tensor], Drafts],  # of hidden states, [num_reqs, hidden_size]
+        propose: Callable[[torch.Tensor, torch.Tensor], Drafts],
     ) -> None:
-        """Capture a graph for each number of requests."""
+        """Capture a graph for each number of requests; ``propose`` takes their hidden states and roots."""
 
         def create_forward_fn(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             def forward(_mode: CUDAGraphMode) -> None:
-                self.buffers.keep(propose(self.buffers.hidden[: desc.num_reqs]))
+                self.buffers.keep(propose(self.buffers.hidden[: desc.num_reqs], self.buffers.roots[: desc.num_reqs]))
 
             return forward
 
         self.capture(create_forward_fn, "Capturing Medusa proposals")
 
     def replay(self, num_reqs: int) -> Drafts | None:
-        """Draft from the first hidden states in the buffers.
+        """Draft from the first hidden states and roots in the buffers.
 
         Returns:
             The drafts, good until the next replay; None if no graph is captured for so many requests.

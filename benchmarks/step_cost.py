@@ -247,7 +247,8 @@ def serve(connection: Connection, kind: Kind, models: Models, longest: int) -> N
     """Be a contender: answer each ``Load`` with its ``StepTimes``."""
     set_num_threads(models.threads)
     heads_times = time_heads(models.clock) if kind.name in (CHAIN, TREE) else []
-    engine = Engine(models.target, models.dtype, speculation(kind, models), max_model_len=longest)
+    # Prompts are the same in every round, and only decode steps count.
+    engine = Engine(models.target, models.dtype, speculation(kind, models), longest, enable_prefix_caching=True)
     llm = engine.open()
     connection.send(None)
     while True:
@@ -316,8 +317,9 @@ def step_times(llm: Any, load: Load, clock: Callable[[], float]) -> list[float]:
     engine = llm.llm_engine
     vocab = engine.model_config.get_vocab_size()
     parameters = SamplingParams(temperature=0, max_tokens=load.steps, ignore_eos=True, detokenize=False)
-    for _ in range(load.requests):
-        prompt = {"prompt_token_ids": [random.randrange(vocab) for _ in range(load.context)]}
+    for index in range(load.requests):
+        tokens = random.Random(index)
+        prompt = {"prompt_token_ids": [tokens.randrange(vocab) for _ in range(load.context)]}
         engine.add_request(str(time.monotonic_ns()), prompt, parameters)
     times = []
     while engine.has_unfinished_requests():

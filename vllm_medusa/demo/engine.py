@@ -30,6 +30,7 @@ class Engine:
     dtype: str
     speculative_config: dict[str, Any] | None
     max_model_len: int = 1024
+    enable_prefix_caching: bool = False
 
     def open(self) -> LLM:
         """Start the engine in this process."""
@@ -46,7 +47,7 @@ class Engine:
             max_num_seqs=16,
             skip_tokenizer_init=True,
             disable_log_stats=False,
-            enable_prefix_caching=False,
+            enable_prefix_caching=self.enable_prefix_caching,
             seed=0,
         )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.attention.cpu_steps import BRANCHING, Layer, Request, Step, assert_same
+from tests.unit.attention.cpu_steps import BRANCHING, Layer, Request, Step, assert_same, common_metadata
 from tests.unit.strategies import deterministic, trees
 from vllm_medusa.attention.cpu.backend import TreeCPUAttentionMetadata, TreeCPUAttentionMetadataBuilder
 from vllm_medusa.attention.cpu.build import load_library
@@ -107,6 +108,18 @@ def test_in_a_step_with_a_branch_only_prompts_are_left_to_the_stock_op() -> None
     assert metadata.native is not None
     assert metadata.native.token_indices.tolist() == list(range(5, 5 + 17))
     assert_same(step, step.attend(), step.by_reference())
+
+
+def test_indices_may_have_32_bits_as_in_v2() -> None:
+    step = Step(Layer(), [Request(45, BRANCHING), Request(3, WIDE)])
+    expected = step.attend()
+    trees = step.builder.trees
+    common = common_metadata(step.start, step.seq_lens, step.block_table, torch.zeros(0))
+    narrow = replace(trees, cu_num_rows=trees.cu_num_rows.int(), logits_indices=trees.logits_indices.int())
+    output = torch.empty_like(step.query)
+    passed = FusedTrees.of(narrow, common, FusedTrees.takes(narrow, common), step.layer.block_size)
+    passed.attend(step.impl, step.query, step.cache, output)
+    assert torch.equal(output, expected)
 
 
 def test_a_cache_of_another_dtype_is_refused_rather_than_misread() -> None:

@@ -50,11 +50,12 @@ class FusedTrees:
         block_size: int,
     ) -> Self:
         """Prepare the trees of these requests."""
-        num_rows = trees.cu_num_rows.diff()[requests]
+        # V2 has its indices in 32 bits.
+        num_rows = trees.cu_num_rows.diff()[requests].long()
         return cls(
             block_table=common.block_table_tensor[requests].int(),
             context=common.seq_lens[requests].long() - num_rows,
-            first_token=trees.logits_indices[trees.roots[requests]],
+            first_token=trees.logits_indices[trees.roots[requests]].long(),
             num_rows=num_rows,
             depths=trees.depths,
             ancestor_bits=trees.ancestor_bits,

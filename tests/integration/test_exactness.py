@@ -28,6 +28,9 @@ from tests.integration.engines import (
     texts,
 )
 from tests.under_test import UNDER_TEST, on
+from vllm_medusa.attention.cpu.fused import FusedTrees
+from vllm_medusa.attention.cpu.padded import PaddedTrees
+from vllm_medusa.attention.cpu.tree_pass import TreePass
 from vllm_medusa.tree.static import best_first, cartesian, chain, from_choices
 
 PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(4, 14, 3), triton=(2, 6, 2))
@@ -161,6 +164,27 @@ def test_bf16_tokens_differ_first_where_the_targets_best_logits_nearly_tie(
         assert text[position] in logits, "not even among the best"
         assert top - logits[text[position]] <= 2 * ulp
     print(f"\nbf16: {identical} of {len(prompts)} texts identical")
+
+
+@pytest.mark.skipif(UNDER_TEST.is_v2, reason="the CPU's attention is the same under both runners")
+@pytest.mark.parametrize(("way", "tree_pass"), [("torch", PaddedTrees), ("fused", FusedTrees)])
+def test_greedy_tokens_equal_those_without_speculation_by_each_way_to_attend_for_trees(
+    way: str,
+    tree_pass: type[TreePass],
+    tiny_target: Path,
+    tiny_heads: Path,
+    held_out_prompts: list[list[int]],
+    trees: dict[str, Tree],
+    plain: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MEDUSA_CPU_ATTENTION", way)
+    with engine(tiny_target, heads=tiny_heads, tree=trees["cartesian"], max_num_batched_tokens=160) as llm:
+        builders = [group.get_metadata_builder() for group in model_runner(llm)._attn_group_iterator()]
+        assert [builder.tree_pass for builder in builders] == [tree_pass]
+        emitted = texts(generate_staggered(llm, held_out_prompts[:24], greedy(TOKENS), most=8))
+        assert spec_counters(llm).accepted > 0
+    assert emitted == plain[:24]
 
 
 def test_compiled_tokens_equal_those_without_speculation(

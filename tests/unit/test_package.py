@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,3 +23,12 @@ def test_every_source_file_names_its_licence() -> None:
     ]
     assert files
     assert unnamed == []
+
+
+def test_sources_that_a_users_machine_compiles_are_in_the_wheel() -> None:
+    package = ROOT / "vllm_medusa"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["vllm_medusa"]
+    packaged = {file for pattern in patterns for file in package.glob(pattern)}
+    sources = set(package.rglob("*.cpp"))
+    assert sources
+    assert sources <= packaged

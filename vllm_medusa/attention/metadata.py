@@ -24,6 +24,9 @@ class TreeMetadataBuilder:
 
     trees: StepTrees | None = None
 
+    def prepare_for_branches(self) -> None:
+        """Make ready for branching trees, once, at the engine's start; a builder overrides it if it has to."""
+
 
 class TreeBackendMixin:
     """The two accessors that vLLM asks a backend for. A backend keeps the name by which vLLM knows its layouts."""
@@ -48,8 +51,8 @@ def announce_trees(groups: Iterable[AttentionGroup], trees: StepTrees | None) ->
                 builder.trees = trees
 
 
-def check_backends(groups: Iterable[AttentionGroup]) -> None:
-    """Refuse layers whose attention cannot take a tree mask, at start-up.
+def prepare_backends(groups: Iterable[AttentionGroup]) -> None:
+    """Make attention ready for branching trees at start-up, or refuse layers that cannot take a tree mask.
 
     vLLM derives a backend's builder for special layers (chunked local attention, for one) from the platform's; such a
     builder rearranges the batch before ours would see it, so only one that is ours itself will do.
@@ -65,6 +68,7 @@ def check_backends(groups: Iterable[AttentionGroup]) -> None:
                     f"medusa_tree: layer {group.layer_names[0]!r} attends through {group.backend.__qualname__}, which "
                     'cannot take the mask of a branching tree; give medusa_tree "chain"'
                 )
+            builder.prepare_for_branches()
 
 
 class TreeAttention(Protocol):

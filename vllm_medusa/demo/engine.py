@@ -29,6 +29,8 @@ class Engine:
     model: str
     dtype: str
     speculative_config: dict[str, Any] | None
+    max_model_len: int = 1024
+    enable_prefix_caching: bool = False
 
     def open(self) -> LLM:
         """Start the engine in this process."""
@@ -41,11 +43,11 @@ class Engine:
             speculative_config=self.speculative_config,
             enforce_eager=True,
             kv_cache_memory_bytes=1 << 28,
-            max_model_len=1024,
+            max_model_len=self.max_model_len,
             max_num_seqs=16,
             skip_tokenizer_init=True,
             disable_log_stats=False,
-            enable_prefix_caching=False,
+            enable_prefix_caching=self.enable_prefix_caching,
             seed=0,
         )
 

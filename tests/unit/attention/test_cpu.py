@@ -1,238 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree attention for CPUs against the dense reference and against vLLM's own op on each row's path."""
+"""The tree attention for CPUs, each way, against the dense reference and against vLLM's own op on each row's path."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import cpu_attn
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.unit.attention.cpu_steps import BRANCHING, TOLERANCE, Layer, Request, Step, assert_same
 from tests.unit.strategies import deterministic, path_to, trees
-from vllm_medusa.attention.cpu import (
-    TreeCPUAttentionImpl,
-    TreeCPUAttentionMetadata,
-    TreeCPUAttentionMetadataBuilder,
-)
-from vllm_medusa.attention.reference import tree_attention
-from vllm_medusa.step.trees import derive_trees
+from vllm_medusa.attention.cpu.backend import TreeCPUAttentionMetadataBuilder
+from vllm_medusa.attention.cpu.build import load_library
+from vllm_medusa.attention.cpu.fused import FusedTrees
+from vllm_medusa.attention.cpu.padded import PaddedTrees
 from vllm_medusa.tree.static import cartesian
-from vllm_medusa.tree.topology import DraftTree
 
-BLOCK_SIZE = 32
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 some = settings(deterministic, max_examples=50)
 few = settings(deterministic, max_examples=15)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """What an attention layer computes."""
-
-    kv_heads: int = 2
-    group: int = 2
-    head_dim: int = 32
-    dtype: torch.dtype = torch.float32
-    soft_cap: float | None = None
-    window: int | None = None
-    alibi: bool = False
-    sinks: bool = False
-
-    @property
-    def heads(self) -> int:
-        return self.kv_heads * self.group
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
-
-    def impl(self) -> TreeCPUAttentionImpl:
-        config = SimpleNamespace(model_config=SimpleNamespace(dtype=self.dtype))
-        with mock.patch.object(cpu_attn, "get_current_vllm_config", return_value=config):
-            return TreeCPUAttentionImpl(
-                num_heads=self.heads,
-                head_size=self.head_dim,
-                scale=self.scale,
-                num_kv_heads=self.kv_heads,
-                alibi_slopes=[0.05 * 1.5**head for head in range(self.heads)] if self.alibi else None,
-                sliding_window=self.window,
-                kv_cache_dtype="auto",
-                logits_soft_cap=self.soft_cap,
-                sinks=torch.linspace(-1, 2, self.heads).to(self.dtype) if self.sinks else None,
-            )
-
-    def builder(self) -> TreeCPUAttentionMetadataBuilder:
-        config = SimpleNamespace(
-            parallel_config=None,
-            model_config=SimpleNamespace(dtype=self.dtype, get_num_attention_heads=lambda _: self.heads),
-            cache_config=SimpleNamespace(cache_dtype="auto"),
-            compilation_config=SimpleNamespace(static_forward_context={}),
-        )
-        spec = FullAttentionSpec(
-            block_size=BLOCK_SIZE, num_kv_heads=self.kv_heads, head_size=self.head_dim, dtype=self.dtype
-        )
-        return TreeCPUAttentionMetadataBuilder(spec, [], config, torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request of a step: a tree behind a context, or without one a prefill chunk."""
-
-    context: int
-    tree: DraftTree | None
-    chunk: int = 1
-
-    @property
-    def rows(self) -> int:
-        return len(self.tree) if self.tree is not None else self.chunk
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """``[rows, rows]``, bool: row i may attend to row j."""
-        return (self.tree or DraftTree.chain(self.rows - 1)).ancestors
-
-
-@dataclass
-class Step:
-    """A step's requests with random tensors, laid out in a paged cache that holds garbage everywhere else."""
-
-    layer: Layer
-    requests: list[Request]
-    seed: int = 0
-    query: torch.Tensor = field(init=False)
-    key: torch.Tensor = field(init=False)
-    value: torch.Tensor = field(init=False)
-    cache: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.impl = self.layer.impl()
-        self.builder = self.layer.builder()
-        self.module: Any = SimpleNamespace(isa=self.builder.isa, _k_scale_float=1.0, _v_scale_float=1.0)
-        rows = [request.rows for request in self.requests]
-        self.start = torch.tensor([0, *rows]).cumsum(0)
-        self.seq_lens = torch.tensor([request.context + request.rows for request in self.requests])
-        kv = (self.layer.kv_heads, self.layer.head_dim)
-        self.query = self.random(sum(rows), self.layer.heads, self.layer.head_dim)
-        self.key, self.value = self.random(sum(rows), *kv), self.random(sum(rows), *kv)
-        self.contexts = [
-            (self.random(request.context, *kv), self.random(request.context, *kv)) for request in self.requests
-        ]
-        columns = int(-(-self.seq_lens.max() // BLOCK_SIZE))
-        blocks = torch.randperm(len(rows) * columns + 1, generator=self.generator)
-        self.block_table = blocks[: len(rows) * columns].view(len(rows), columns).int()
-        self.cache = self.random(len(blocks), self.layer.kv_heads, BLOCK_SIZE, 2 * self.layer.head_dim)
-        for index, (key, value) in enumerate(self.contexts):
-            self.write(key, value, self.slots(index, 0, len(key)))
-
-    def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.layer.dtype)
-
-    def slots(self, request: int, first: int, last: int) -> torch.Tensor:
-        position = torch.arange(first, last)
-        return self.block_table[request, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
-
-    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        self.impl.do_kv_cache_update(self.module, key, value, self.cache, slots)
-
-    def metadata(self) -> Any:
-        """Plan the step as the model runner does and build its metadata."""
-        num_drafts = [len(request.tree) - 1 if request.tree is not None else 0 for request in self.requests]
-        parents = torch.arange(max(num_drafts) or 1).repeat(len(self.requests), 1)
-        for row, request in zip(parents, self.requests, strict=True):
-            if request.tree is not None:
-                row[: len(request.tree) - 1] = request.tree.parents[1:]
-        ends, num_tokens = self.start[1:].tolist(), int(self.start[-1])
-        self.builder.trees = derive_trees(
-            parents,
-            cu_num_rows=torch.tensor([0, *(count + 1 for count in num_drafts)]).cumsum(0),
-            logits_indices=torch.cat(
-                [torch.arange(end - count - 1, end) for end, count in zip(ends, num_drafts, strict=True)]
-            ),
-            input_ids=torch.zeros(num_tokens, dtype=torch.int32),
-            positions=torch.zeros(num_tokens, dtype=torch.int64),
-            max_depth=max(int(request.mask.sum(dim=1).max()) - 1 for request in self.requests),
-            num_drafting_reqs=len(self.requests),
-        )
-        slots = [
-            self.slots(index, request.context, request.context + request.rows)
-            for index, request in enumerate(self.requests)
-        ]
-        return self.builder.build(0, common_metadata(self.start, self.seq_lens, self.block_table, torch.cat(slots)))
-
-    def attend(self) -> torch.Tensor:
-        """Write the step's keys and values as vLLM does before attention, then attend."""
-        metadata = self.metadata()
-        for index, request in enumerate(self.requests):
-            rows = slice(int(self.start[index]), int(self.start[index + 1]))
-            slots = self.slots(index, request.context, request.context + request.rows)
-            self.write(self.key[rows], self.value[rows], slots)
-        output = torch.full_like(self.query, float("nan"))
-        self.impl.forward(self.module, self.query, self.key, self.value, self.cache, metadata, output)
-        return output
-
-    def by_reference(self) -> torch.Tensor:
-        """Attend with the dense reference, request by request."""
-        output = []
-        for index, request in enumerate(self.requests):
-            rows = slice(int(self.start[index]), int(self.start[index + 1]))
-            tensors = (self.query[rows], *self.contexts[index], self.key[rows], self.value[rows])
-            options = {"soft_cap": self.layer.soft_cap, "sliding_window": self.layer.window}
-            output.append(tree_attention(*tensors, request.mask, self.layer.scale, **options))
-        return torch.cat(output)
-
-    def by_stock_op_on_paths(self) -> torch.Tensor:
-        """Attend with vLLM's own op, each row as the last token of a sequence of its own: the context and its path."""
-        sequences = []
-        for index, request in enumerate(self.requests):
-            for row in range(request.rows):
-                path = request.mask[row].nonzero().flatten() + self.start[index]
-                context_key, context_value = self.contexts[index]
-                pair = torch.cat([context_key, self.key[path]]), torch.cat([context_value, self.value[path]])
-                sequences.append(pair)
-        lengths = torch.tensor([len(key) for key, _ in sequences])
-        columns = int(-(-lengths.max() // BLOCK_SIZE))
-        table = torch.arange(len(sequences) * columns).view(len(sequences), columns)
-        shape = (len(sequences) * columns, self.layer.kv_heads, BLOCK_SIZE, 2 * self.layer.head_dim)
-        cache = torch.zeros(shape, dtype=self.layer.dtype)
-        slots = torch.cat([row * columns * BLOCK_SIZE + torch.arange(n) for row, n in enumerate(lengths.tolist())])
-        keys, values = (torch.cat(tensors) for tensors in zip(*sequences, strict=True))
-        self.impl.do_kv_cache_update(self.module, keys, values, cache, slots)
-        builder = self.layer.builder()
-        last = slots[lengths.cumsum(0) - 1]
-        metadata = builder.build(0, common_metadata(torch.arange(len(lengths) + 1), lengths, table.int(), last))
-        output = torch.full_like(self.query, float("nan"))
-        self.impl.forward(self.module, self.query, self.key, self.value, cache, metadata, output)
-        return output
-
-
-def common_metadata(
-    start: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor
-) -> CommonAttentionMetadata:
-    return CommonAttentionMetadata(
-        query_start_loc=start.int(),
-        query_start_loc_cpu=start.int(),
-        seq_lens=seq_lens.int(),
-        num_reqs=len(seq_lens),
-        num_actual_tokens=int(start[-1]),
-        max_query_len=int(start.diff().max()),
-        max_seq_len=int(seq_lens.max()),
-        block_table_tensor=block_table,
-        slot_mapping=slots,
-    )
-
-
-def assert_same(step: Step, output: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = TOLERANCE[step.layer.dtype]
-    torch.testing.assert_close(output.float(), expected.float(), atol=tolerance, rtol=tolerance)
+@pytest.fixture(params=[PaddedTrees, FusedTrees], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Attend for trees by torch calls and by the fused op."""
+    if request.param is FusedTrees:
+        load_library()
+    with mock.patch.object(TreeCPUAttentionMetadataBuilder, "tree_pass", request.param):
+        yield
 
 
 contexts = st.integers(0, 80)
@@ -243,7 +42,6 @@ batches = st.lists(requests, min_size=1, max_size=5)
 seeds = st.integers(0, 9)
 windows = st.none() | st.integers(1, 40)
 soft_caps = st.none() | st.floats(0.5, 5)
-BRANCHING = DraftTree.from_parents([-1, 0, 0, 1, 1, 2, 3])
 
 
 @some
@@ -252,7 +50,8 @@ BRANCHING = DraftTree.from_parents([-1, 0, 0, 1, 1, 2, 3])
         Layer,
         kv_heads=st.integers(1, 3),
         group=st.integers(1, 3),
-        head_dim=st.sampled_from([32, 64]),
+        head_dim=st.sampled_from([32, 64, 80]),
+        block_size=st.sampled_from([16, 32, 48, 128]),
         soft_cap=soft_caps,
         window=windows,
     ),
@@ -331,35 +130,6 @@ def test_a_padding_row_does_not_touch_another_requests_output() -> None:
     assert_same(alone, together.attend()[: len(BRANCHING)], alone.attend())
 
 
-def test_a_step_without_branching_trees_is_left_to_the_stock_op() -> None:
-    step = Step(Layer(), [Request(40, DraftTree.chain(4)), Request(0, None, chunk=9)])
-    assert isinstance(step.metadata(), cpu_attn.CPUAttentionMetadata)
-    step = Step(Layer(), [Request(40, DraftTree.chain(4)), Request(7, BRANCHING)])
-    metadata = step.metadata()
-    assert isinstance(metadata, TreeCPUAttentionMetadata)
-    assert metadata.native is not None
-    assert metadata.native.token_indices.tolist() == list(range(5))
-    assert metadata.context.tolist() == [7]
-
-
-def test_trees_that_are_alone_in_a_step_need_no_stock_metadata() -> None:
-    step = Step(Layer(), [Request(40, BRANCHING), Request(7, BRANCHING)])
-    metadata = step.metadata()
-    assert isinstance(metadata, TreeCPUAttentionMetadata)
-    assert metadata.native is None
-    assert metadata.in_order
-    assert_same(step, step.attend(), step.by_reference())
-
-
-@pytest.mark.parametrize("other", [Request(7, BRANCHING.prefix(4)), Request(7, DraftTree.chain(4))])
-def test_rows_are_not_taken_in_order_where_trees_are_padded_or_not_alone(other: Request) -> None:
-    step = Step(Layer(), [Request(40, BRANCHING), other])
-    metadata = step.metadata()
-    assert isinstance(metadata, TreeCPUAttentionMetadata)
-    assert not metadata.in_order
-    assert_same(step, step.attend(), step.by_reference())
-
-
 @pytest.mark.parametrize("isa", ["neon", "rvv", "vxe", "vsx"])
 def test_a_cache_layout_that_cannot_be_read_is_refused_by_name(isa: str) -> None:
     with mock.patch.object(cpu_attn, "_get_attn_isa", return_value=isa), pytest.raises(ValueError) as error:
@@ -377,9 +147,9 @@ def test_tiles_of_matrix_units_give_way_to_the_layout_that_can_be_read() -> None
 def stored(step: Step, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Read keys and values back, in the layout that the module documents."""
     blocks, kv_heads, _, width = step.cache.shape
-    keys, values = step.cache.view(blocks, kv_heads, 2 * BLOCK_SIZE, width // 2).chunk(2, dim=2)
-    keys = keys.reshape(blocks, kv_heads, width // 2, BLOCK_SIZE)
-    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    keys, values = step.cache.view(blocks, kv_heads, 2 * step.layer.block_size, width // 2).chunk(2, dim=2)
+    keys = keys.reshape(blocks, kv_heads, width // 2, step.layer.block_size)
+    block, offset = slots // step.layer.block_size, slots % step.layer.block_size
     return keys[block, :, :, offset], values[block, :, offset]
 
 
@@ -390,7 +160,7 @@ def test_moved_rows_arrive_as_they_were_and_no_other_slot_changes(
     dtype: torch.dtype, kv_heads: int, data: st.DataObject
 ) -> None:
     step = Step(Layer(kv_heads, dtype=dtype), [Request(70, BRANCHING)])
-    everywhere = torch.arange(step.cache.shape[0] * BLOCK_SIZE)
+    everywhere = torch.arange(step.cache.shape[0] * step.layer.block_size)
     count = data.draw(st.integers(0, 12))
     slots = st.integers(0, len(everywhere) - 1)
     # Any sources, so one may be another's target: all are read before any is written.

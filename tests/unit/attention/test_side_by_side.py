@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from tests.unit.strategies import Step, deterministic, path_to, steps
-from vllm_medusa.attention.cpu import side_by_side
+from vllm_medusa.attention.cpu.padded import side_by_side
 
 
 @deterministic

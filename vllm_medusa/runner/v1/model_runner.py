@@ -16,8 +16,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_medusa.acceptance.exact import Walk, walk
-from vllm_medusa.attention.cpu import tree_attention_selected
-from vllm_medusa.attention.metadata import announce_trees, check_backends
+from vllm_medusa.attention.cpu.backend import tree_attention_selected
+from vllm_medusa.attention.metadata import announce_trees, prepare_backends
 from vllm_medusa.compat.runners import all_logits_processors
 from vllm_medusa.config import check_engine
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
@@ -51,7 +51,7 @@ class MedusaModelRunner(CPUModelRunner):
         """Allocate the KV cache and note which layers own a part of it."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.drafter.tree.branches:
-            check_backends(self._attn_group_iterator())
+            prepare_backends(self._attn_group_iterator())
         log_start(self.vllm_config, self.drafter.tree, self._attn_group_iterator())
         self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
-from vllm_medusa.attention import cpu
+from vllm_medusa.attention.cpu import backend
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
 from vllm_medusa.runner.v2 import model_runner as v2
 
@@ -13,5 +13,5 @@ from vllm_medusa.runner.v2 import model_runner as v2
 class MedusaModelRunner(v2.MedusaModelRunner, CPUModelRunner):
     """V2 with trees on a CPU, with the CPU's attention."""
 
-    tree_attention_selected = staticmethod(cpu.tree_attention_selected)
+    tree_attention_selected = staticmethod(backend.tree_attention_selected)
     commit_class = BackendCommit

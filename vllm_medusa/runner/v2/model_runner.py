@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_medusa.attention.metadata import announce_trees, check_backends
+from vllm_medusa.attention.metadata import announce_trees, prepare_backends
 from vllm_medusa.attention.triton.selection import tree_attention_selected
 from vllm_medusa.compat.runners import speculator
 from vllm_medusa.config import check_engine, medusa_config
@@ -151,7 +151,7 @@ class MedusaModelRunner(GPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         tree = self.speculator.proposer.tree
         if tree.branches:
-            check_backends(self._groups())
+            prepare_backends(self._groups())
         log_start(self.vllm_config, tree, self._groups())
         announce_trees(self._groups(), self._buffers)
         # A chain's accepted rows are in place already. A model that only chains serve (MLA) may have any cache.

@@ -73,6 +73,14 @@ def tiny_heads() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sequential_heads() -> Path:
+    """The directory of four trained heads for the tiny target that read the path to a node."""
+    from tests import models
+
+    return models.tiny_sequential_heads()
+
+
+@pytest.fixture(scope="session")
 def held_out_prompts() -> list[list[int]]:
     """At least 256 prompts of 16 to 96 token ids from text that the tiny models were not trained on."""
     from tests import models

@@ -50,6 +50,7 @@ class TinySettings:
     heads: Medusa1Config = field(
         default_factory=lambda: Medusa1Config(steps=120, batch_size=16, learning_rate=3e-3, prompt_length=32)
     )
+    path_rank: int = 64
     own_texts: int = 640
     corpus_version: int = 2
 
@@ -75,21 +76,28 @@ def tiny_target(settings: TinySettings = TinySettings()) -> Path:
 def tiny_heads(settings: TinySettings = TinySettings()) -> Path:
     """Return the directory of the tiny target's four heads."""
 
-    def build(directory: Path) -> None:
-        target_directory = tiny_target(settings)
-        target = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(target_directory)
-        documents = encode_documents(tokenizer, load_corpus(settings.characters).training)
-        prompts = cut_prompts(documents, [settings.heads.prompt_length], settings.own_texts)
-        new = settings.target.block_length - settings.heads.prompt_length
-        samples = continue_prompts(target, prompts, new, batch_size=64, show_progress=False, min_new_tokens=new)
-        own = torch.tensor([sample.input_ids for sample in samples])
-        # The blocks held out here come from training prompts: no test needs them to be more than plausible.
-        result = train_medusa1(target, own[64:], own[:64], settings.heads, show_progress=False)
-        extra = {"medusa_accuracies": result.accuracies.tolist()}
-        write_heads(directory, result.heads.spec, result.heads.state_dict(), extra)
+    return _cached(f"heads-{settings.key}", lambda directory: _train_heads(settings, settings.heads, directory))
 
-    return _cached(f"heads-{settings.key}", build)
+
+def tiny_sequential_heads(settings: TinySettings = TinySettings()) -> Path:
+    """Return the directory of four heads that read the path to a node, trained as the plain ones are."""
+    recipe = settings.heads.model_copy(update={"path_rank": settings.path_rank})
+    return _cached(f"sequential-heads-{settings.key}", lambda directory: _train_heads(settings, recipe, directory))
+
+
+def _train_heads(settings: TinySettings, recipe: Medusa1Config, directory: Path) -> None:
+    target_directory = tiny_target(settings)
+    target = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(target_directory)
+    documents = encode_documents(tokenizer, load_corpus(settings.characters).training)
+    prompts = cut_prompts(documents, [settings.heads.prompt_length], settings.own_texts)
+    new = settings.target.block_length - settings.heads.prompt_length
+    samples = continue_prompts(target, prompts, new, batch_size=64, show_progress=False, min_new_tokens=new)
+    own = torch.tensor([sample.input_ids for sample in samples])
+    # The blocks held out here come from training prompts: no test needs them to be more than plausible.
+    result = train_medusa1(target, own[64:], own[:64], recipe, show_progress=False)
+    extra = {"medusa_accuracies": result.accuracies.tolist()}
+    write_heads(directory, result.heads.spec, result.heads.state_dict(), extra)
 
 
 def held_out_prompts(settings: TinySettings = TinySettings(), count: int = 320) -> list[list[int]]:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that read the path to a node give stock vLLM's text, in fewer steps than plain heads from the same data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.engines import engine, generate, generate_staggered, greedy, spec_counters, texts
+from tests.integration.test_dynamic_trees import CODE, CODES, MOST, NODES, OPTIONS, SEEDED, TOKENS, Plain
+from tests.under_test import on
+
+TREES: list[Any] = on(v1=["chain", "sparse", "dynamic"], v2=["dynamic"], triton=["sparse", "dynamic"])
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_target: Path, held_out_prompts: list[list[int]]) -> Plain:
+    return Plain(tiny_target, held_out_prompts)
+
+
+@pytest.mark.both_runners
+@pytest.mark.parametrize("tree", TREES)
+def test_texts_equal_those_without_speculation(
+    tree: Any, plain: Plain, tiny_target: Path, tiny_heads: Path, tiny_sequential_heads: Path
+) -> None:
+    nodes = 4 if tree == "chain" else NODES
+    options: dict[str, Any] = {
+        "speculative_config": {"num_speculative_tokens": nodes},
+        "max_num_batched_tokens": MOST * (nodes + 1) - nodes // 2,
+        **OPTIONS,
+    }
+    with engine(tiny_target, heads=tiny_sequential_heads, tree=tree, **options) as llm:
+        assert texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST)) == plain.greedy
+        sequential = spec_counters(llm)
+        assert texts(generate(llm, plain.prompts[: len(SEEDED)], SEEDED)) == plain.seeded
+        both = [CODE, greedy(TOKENS)] * CODES
+        mixed = texts(generate(llm, [plain.prompts[index // 2] for index in range(2 * CODES)], both))
+        assert mixed == [each for pair in zip(plain.code, plain.greedy, strict=False) for each in pair]
+    with engine(tiny_target, heads=tiny_heads, tree=tree, **options) as llm:
+        generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST)
+        independent = spec_counters(llm)
+    print("\nacceptance length:", tree, independent.acceptance_length, sequential.acceptance_length)
+    assert sequential.acceptance_length > independent.acceptance_length

@@ -23,8 +23,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-
 from vllm_medusa.demo.artifacts import Artifacts, DemoSettings
+
 from vllm_medusa.demo.engine import Engine, Order, decode
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import machine

@@ -6,18 +6,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
+from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
 
+from tests.toy.corpus import load_corpus, strip_prose
+from tests.toy.muon import orthogonalise
+from tests.toy.target import TargetConfig
+from tests.toy.tokenizer import EOS_ID, cut_prompts, encode_documents, train_tokenizer
 from tests.unit.tiny_targets import all_logits
 from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.cli import app
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, Comparison, Models, Run
-from vllm_medusa.demo.corpus import load_corpus, strip_prose
 from vllm_medusa.demo.engine import Decoded, Order
-from vllm_medusa.demo.muon import orthogonalise
-from vllm_medusa.demo.padding import PaddedSizes, pad_heads, pad_target, verify_padding
 from vllm_medusa.demo.report import summarise, write_results
-from vllm_medusa.demo.target import TargetConfig
-from vllm_medusa.demo.tokenizer import EOS_ID, cut_prompts, encode_documents, train_tokenizer
 from vllm_medusa.training.heads import TrainableHeads
 
 TINY = TargetConfig(

@@ -19,11 +19,12 @@ def demo(
     heads: Annotated[Path, typer.Option(help="Its heads.")] = HEADS,
     questions: Annotated[Path, typer.Option(help="Questions in Spec-Bench's format.")] = QUESTIONS,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each kind. Default: all.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 48,
+    tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 32,
 ) -> None:
-    """Race stock vLLM against draft trees: a real chat model answers questions of several kinds.
+    """Race stock vLLM against draft trees.
 
-    Plain vLLM, vLLM's own chain and a small tree answer side by side; a wide tree shows how far fewer steps go.
+    A real chat model answers questions of several kinds: plain vLLM, vLLM's own chain and a small tree side by side; a
+    wide tree shows how far fewer steps go.
     """
     with one_line_errors():
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once; long work has bars of our own.

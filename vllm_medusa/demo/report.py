@@ -104,7 +104,9 @@ def draw(
     speed, steps = figure.subplots(1, 2, width_ratios=(2, 3))
     titles = [TITLES[name] for name in summary]
     bars = speed.barh(titles, [each["tokens_per_second"] for each in summary.values()], color=COLOURS)
-    speed.bar_label(bars, [f"{each['tokens_per_second']:.1f} ({each['speedup']:.2f}x)" for each in summary.values()], 3)
+    speed.bar_label(
+        bars, [f"{each['tokens_per_second']:.1f} ({each['speedup']:.2f}x)" for each in summary.values()], padding=3
+    )
     speed.invert_yaxis()
     speed.margins(x=0.3)
     speed.set_xlabel("tokens per second (speed against plain vLLM)")

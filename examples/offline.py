@@ -26,7 +26,7 @@ def main() -> None:
         dtype=dtype,
         speculative_config={"method": "medusa", "model": heads},
         max_model_len=1024,
-        gpu_memory_utilization=0.5,  # On a CPU, a share of the computer's memory, which other programs use as well.
+        kv_cache_memory_bytes=1 << 28,  # By default vLLM takes most of the memory, on a CPU the computer's.
         disable_log_stats=False,
     )
     dialogues = [[{"role": "user", "content": question}] for question in QUESTIONS]

@@ -28,7 +28,7 @@ vllm-medusa train --target "$target" --data "$walk/data" --output "$walk/run" --
     --cache-hidden --draft-vocab 4096 --shared-lm-head --block-length 256 --batch-size 4 --steps 40 --learning-rate 2e-3
 
 echo "--- eval: how often they are right on other text, and which tree that makes best"
-vllm-medusa eval --model "$target" --heads "$walk/run/heads" --data "$walk/held_out" --write --nodes 7 \
+vllm-medusa eval --model "$target" --heads "$walk/run/heads" --data "$walk/held_out" --dtype float32 --write --nodes 7 \
     --output "$walk/eval.json" --plot "$walk/eval.png"
 
 echo "--- serve"
@@ -36,6 +36,7 @@ python examples/offline.py "$target" "$walk/run/heads" float32
 
 if [ -d "$shipped" ]; then
     echo "--- what more gives: $shipped learnt from far more of such text; on the same held-out text"
-    vllm-medusa eval --model "$target" --heads "$shipped" --data "$walk/held_out" --output "$walk/eval_shipped.json"
+    vllm-medusa eval --model "$target" --heads "$shipped" --data "$walk/held_out" --dtype float32 \
+        --output "$walk/eval_shipped.json"
 fi
 echo "--- more text: --self-prompts 9000 --max-tokens 512 (hours on 2 cores), then train --epochs 3 --draft-vocab 12288"

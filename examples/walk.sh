@@ -11,6 +11,7 @@ target=build/smollm2
 shipped=examples/heads/smollm2-135m-instruct
 export PATH="$PWD/.venv/bin:$PATH" LD_PRELOAD="${LD_PRELOAD:-$PWD/.venv/lib/libiomp5.so}"
 export VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" HF_HUB_OFFLINE=1
+export VLLM_ENABLE_V1_MULTIPROCESSING=0  # An engine in the command's own process starts faster.
 # On CPUs without bf16 instructions, bf16 is several times slower than fp32.
 engine='{"dtype": "float32", "enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 1073741824}'
 

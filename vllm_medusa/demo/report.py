@@ -118,7 +118,7 @@ def draw(
         values = [figures[name]["tokens_per_step"] for figures in groups.values()]
         bars = steps.bar(places, values, width, color=COLOURS[index], label=TITLES[name])
         steps.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
-    steps.set_xticks(range(len(groups)), groups)
+    steps.set_xticks(range(len(groups)), groups, fontsize=8)
     steps.set_ylabel("tokens per step")
     steps.margins(y=0.25)
     steps.legend(ncols=len(summary), fontsize=7, loc="upper center", frameon=False)

@@ -89,9 +89,9 @@ def run_demo(settings: DemoSettings) -> None:
         f"{settings.model.name} with {settings.heads.name}, {len(questions)} questions, at most {settings.tokens} "
         f"tokens each, {race.dtype}, {race.threads} CPU threads"
     )
-    console.print(f"{note}; the wide tree answers {len(race.wide_asked)} of them.")
+    console.print(f"{note}; the wide tree answers {len(race.wide_asked)} of them.", highlight=False)
     draw(plot, summary, by_kind, note)
-    console.print(f"Written: {results}, {plot}")
+    console.print(f"Written: {results}, {plot}", highlight=False)
 
 
 def require_model(model: Path, option: str) -> None:

@@ -26,6 +26,7 @@ def main() -> None:
         dtype=dtype,
         speculative_config={"method": "medusa", "model": heads},
         max_model_len=1024,
+        enforce_eager=True,  # Compiling takes longer than these few answers; a server should.
         kv_cache_memory_bytes=1 << 28,  # By default vLLM takes most of the memory, on a CPU the computer's.
         disable_log_stats=False,
     )

@@ -4,7 +4,7 @@
     python examples/offline.py TARGET HEADS [DTYPE]
 
 With the model and heads of ``make demo`` (TARGET = build/smollm2, HEADS = examples/heads/smollm2-135m-instruct) it
-takes less than a minute on 2 CPU cores. On CPUs without bf16 instructions give float32 as DTYPE: bf16 is several times
+takes about a minute on 2 CPU cores. On CPUs without bf16 instructions give float32 as DTYPE: bf16 is several times
 slower there.
 """
 

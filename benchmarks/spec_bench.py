@@ -3,10 +3,11 @@
 
 A file has a question a line: ``{"question_id", "category", "turns": [...]}``. Each engine answers the turns one after
 another through the model's chat template, greedily, with its own answers in between. Engines are processes of their
-own and take turns, batch by batch; a batch has questions of one category. ``native_chain`` is vLLM's own Medusa
-without the plugin, and needs vLLM 0.32 and heads over the whole vocabulary.
+own and take turns, batch by batch; a batch has questions of one category. Without further options model, heads and
+trees are the demo's. ``native_chain`` is vLLM's own Medusa without the plugin, and needs vLLM 0.32; it gets heads over
+the whole vocabulary, which are derived once.
 
-    python benchmarks/spec_bench.py QUESTIONS --target TARGET --heads HEADS --limit 6 --output build/spec_bench.json
+    python benchmarks/spec_bench.py examples/questions.jsonl --limit 2 --output build/spec_bench.json
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,50 +25,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 # vLLM's CPU worker replaces torch.set_num_threads by a warning.
 from torch import set_num_threads
 
-from vllm_medusa.checkpoint.format import read_spec
 from vllm_medusa.cli.errors import one_line_errors
-from vllm_medusa.data.record_files import BadLineCounter, BadLines, parsed_lines
-from vllm_medusa.data.records import FrozenModel, as_object
-from vllm_medusa.data.validation import validated
-from vllm_medusa.demo.contenders import (
-    NATIVE_CHAIN,
-    PLAIN,
-    TREE,
-    TREE_WIDE,
-    fastest_dtype,
-    native_chain,
-    plugins,
-    speculative_config,
-)
+from vllm_medusa.demo.contenders import CONTENDERS, PLAIN, TITLES, fastest_dtype, plugins, speculative_configs
 from vllm_medusa.demo.engine import counters
+from vllm_medusa.demo.places import DIRECTORY, HEADS, MODEL, require_shipped
 from vllm_medusa.demo.process import Contender, share_environment
-from vllm_medusa.demo.report import TITLES, machine
-from vllm_medusa.demo.run import DYNAMIC, WIDE_NODES
+from vllm_medusa.demo.questions import Question, read_questions
+from vllm_medusa.demo.report import machine
+from vllm_medusa.demo.run import require_model
 from vllm_medusa.files import write_json
 from vllm_medusa.progress import track
 from vllm_medusa.versions import installed_versions
 
-CONTENDERS = (PLAIN, NATIVE_CHAIN, TREE, TREE_WIDE)
-TREES = {TREE: DYNAMIC, TREE_WIDE: {"medusa_tree": "sparse", "num_speculative_tokens": WIDE_NODES}}
-
 KV_CACHE_BYTES = 1 << 30
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Question(FrozenModel):
-    """A question of Spec-Bench: what a user says, turn by turn."""
-
-    question_id: int | str
-    category: str
-    turns: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -116,8 +93,8 @@ Results = dict[str, list[tuple[str, Answers]]]
 @app.command()
 def spec_bench(
     file: Annotated[Path, typer.Argument(help="Questions in Spec-Bench's format, a JSON object a line.")],
-    target: Annotated[Path, typer.Option(help="A chat model's directory.")],
-    heads: Annotated[Path, typer.Option(help="Its heads' directory.")],
+    target: Annotated[Path, typer.Option(help="A chat model; the default one is fetched if it is missing.")] = MODEL,
+    heads: Annotated[Path, typer.Option(help="Its heads.")] = HEADS,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each category; default: all.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at the same time; may repeat.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 128,
@@ -137,18 +114,13 @@ def spec_bench(
             )
         questions = read_questions(file, limit)
         sizes = batch or [1]
+        require_shipped(heads, "--heads")
+        require_model(target, "--target")
         share_environment()
-        options = {NATIVE_CHAIN: native_chain(read_spec(heads).num_heads)} if NATIVE_CHAIN in names else {}
+        threads = machine()["cores"]  # Only one engine works at a time.
         engines = {
-            name: Engine(
-                str(target),
-                dtype or fastest_dtype(),
-                speculative_config(name, heads, options | TREES),
-                max_model_len,
-                max(sizes),
-                threads=machine()["cores"],  # Only one engine works at a time.
-            )
-            for name in names
+            name: Engine(str(target), dtype or fastest_dtype(), config, max_model_len, max(sizes), threads)
+            for name, config in speculative_configs(names, target, heads, DIRECTORY).items()
         }
         by_batch = {str(size): summarise(race) for size, race in races(engines, questions, sizes, tokens)}
         console = Console()
@@ -159,17 +131,6 @@ def spec_bench(
             first = by_batch[str(sizes[0])]
             write_json(output, {**details, "questions": len(questions), "contenders": first, "by_batch": by_batch})
             console.print(f"Written: {output}")
-
-
-def read_questions(file: Path, limit: int | None) -> list[Question]:
-    """Return the first ``limit`` questions of each category, category by category."""
-    by_category: dict[str, list[Question]] = defaultdict(list)
-    parsed = parsed_lines([file], lambda value: validated(Question, as_object(value)), BadLineCounter(BadLines.REFUSE))
-    for _, question in parsed:
-        by_category[question.category].append(question)
-    if not by_category:
-        raise ValueError(f"{file} holds no question")
-    return [question for questions in by_category.values() for question in questions[:limit]]
 
 
 def races(

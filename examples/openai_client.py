@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complete and stream through ``vllm serve`` with the official OpenAI client.
+"""Ask and stream through ``vllm serve`` with the official OpenAI client.
 
-Start a server first; with the models of ``make demo``, on 2 CPU cores, it answers in seconds:
+Start a server first; TARGET and HEADS may be those of ``make demo``, build/smollm2 and
+examples/heads/smollm2-135m-instruct:
 
     vllm serve TARGET --max-model-len 1024 --speculative-config '{"method": "medusa", "model": "HEADS"}'
     python examples/openai_client.py http://localhost:8000/v1
@@ -15,12 +16,14 @@ from openai import OpenAI
 def main() -> None:
     client = OpenAI(base_url=sys.argv[1], api_key="none")
     model = client.models.list().data[0].id
-    completion = client.completions.create(model=model, prompt="import os\n\ndef ", max_tokens=64, temperature=0)
-    print(completion.choices[0].text)
+    question = {"role": "user", "content": "What is the capital of France?"}
+    answer = client.chat.completions.create(model=model, messages=[question], max_tokens=64, temperature=0)
+    print(answer.choices[0].message.content)
     print("--- streamed")
-    stream = client.completions.create(model=model, prompt="class Queue:\n", max_tokens=64, temperature=0, stream=True)
+    question = {"role": "user", "content": "Give three reasons to learn a language."}
+    stream = client.chat.completions.create(model=model, messages=[question], max_tokens=64, temperature=0, stream=True)
     for chunk in stream:
-        print(chunk.choices[0].text, end="", flush=True)
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.toy.blocks import pack_blocks
+from tests.toy.corpus import load_corpus
+from tests.toy.target import TargetConfig, train_target
+from tests.toy.tokenizer import cut_prompts, encode_documents, train_tokenizer
 from vllm_medusa.checkpoint.format import write_heads
-from vllm_medusa.demo.blocks import pack_blocks
-from vllm_medusa.demo.corpus import load_corpus
-from vllm_medusa.demo.target import TargetConfig, train_target
-from vllm_medusa.demo.tokenizer import cut_prompts, encode_documents, train_tokenizer
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.files import replaced_directory
 from vllm_medusa.training.medusa1 import Medusa1Config, train_medusa1

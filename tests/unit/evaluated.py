@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.toy.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from vllm_medusa.checkpoint.format import HeadsSpec, write_heads
-from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 
 VOCAB, HIDDEN, HEADS = 300, 16, 3
 PROMPTS = ["def f(x):", "import os", "for i in range(9): print(i)", "return"]

@@ -3,23 +3,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vllm_medusa.cli.errors import one_line_errors
+from vllm_medusa.demo.places import DIRECTORY, HEADS, MODEL, QUESTIONS
 
 
 def demo(
-    directory: Annotated[Path, typer.Option(help="Where models and results are kept.")] = Path("build/demo"),
-    rounds: Annotated[int, typer.Option(min=1, help="Prompts that each contender decodes for time.")] = 5,
+    directory: Annotated[Path, typer.Option(help="Where derived heads, logs and results are kept.")] = DIRECTORY,
+    model: Annotated[Path, typer.Option(help="A chat model; the default one is fetched if it is missing.")] = MODEL,
+    heads: Annotated[Path, typer.Option(help="Its heads.")] = HEADS,
+    questions: Annotated[Path, typer.Option(help="Questions in Spec-Bench's format.")] = QUESTIONS,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each kind. Default: all.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 32,
 ) -> None:
-    """Race stock vLLM against draft trees on a small model.
+    """Race stock vLLM against draft trees.
 
-    The model and its heads are trained on this machine first, once; a second run starts with the race.
+    A real chat model answers questions of several kinds: plain vLLM, vLLM's own chain and a small tree side by side; a
+    wide tree shows how far fewer steps go.
     """
     with one_line_errors():
-        from vllm_medusa.demo.run import run_demo
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once; long work has bars of our own.
+        from vllm_medusa.demo.run import DemoSettings, run_demo
 
-        run_demo(directory, rounds)
+        run_demo(DemoSettings(directory, model, heads, questions, limit, tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,10 @@ def evaluate(
     max_length: Annotated[int, typer.Option(min=2, help="The longest text, in tokens.")] = 2048,
     ranks: Annotated[int, typer.Option(min=1, help="How many of each head's most probable tokens are counted.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 8,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="The dtype of the target's weights. bfloat16 is slow on CPUs without instructions for it."),
+    ] = "auto",
     style: Annotated[
         PromptStyle | None,
         typer.Option(help="Answer prompts in the chat template, or continue them. Default: chat if there is one."),
@@ -67,7 +71,7 @@ def evaluate(
         sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
         directory = local_directory(model)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        target = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map="auto").eval()
+        target = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map="auto").eval()
         loaded_heads = load_heads(heads, directory, target)
         num_heads = loaded_heads.spec.num_heads
         most = min(MAX_NODES, available_nodes(num_heads, ranks))

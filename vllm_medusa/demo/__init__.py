@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A demo on one machine: train a small target and its heads, then compare engines."""
+"""A race of engines on one machine: stock vLLM and draft trees answer the same questions with a real chat model."""

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import gc
+import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,9 @@ COUNTERS = {
     "accepted": "vllm:spec_decode_num_accepted_tokens",
 }
 WARM_UP_TOKENS = 24
+
+NEXT_TURN = "next turn"
+"""What a contender is sent to go on with an order that is not finished."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +60,33 @@ class Engine:
 
 @dataclass(frozen=True)
 class Order:
-    """Prompts as token ids, and the number of tokens to decode for each."""
+    """What to decode, greedily.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        tokens: most tokens of a text.
+        stop: tokens that end a text, and are its last one.
+        turn: seconds after which the engine pauses and shows what it has; by default it does not.
+
+    """
 
     prompts: list[list[int]]
     tokens: int
+    stop: tuple[int, ...] = ()
+    turn: float = math.inf
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The result of an order.
+    """How far an order is.
 
     Attributes:
         texts: the emitted token ids of each prompt.
-        seconds: time from the first token to the last, summed over prompts.
+        seconds: the engine's time in the steps behind the one that gave the first token.
         drafts: number of drafts, by vLLM's counter.
         drafted: number of drafted tokens, by vLLM's counter.
         accepted: number of accepted tokens, by vLLM's counter.
+        finished: whether all texts are complete.
 
     """
 
@@ -78,45 +95,80 @@ class Decoded:
     drafts: int
     drafted: int
     accepted: int
+    finished: bool = True
 
 
-def serve(connection: Connection, exact: Engine, exact_order: Order, timed: Engine, threads: int) -> None:
-    """Carry out one order on the exact engine, then those from the connection on the timed engine.
+@dataclass(frozen=True)
+class ExactRun:
+    """Orders of which only the texts matter, on an engine in fp32 with one thread."""
+
+    engine: Engine
+    order: Order
+
+
+def serve(connection: Connection, timed: Engine, threads: int, exact: ExactRun | None) -> None:
+    """Carry out the exact run if there is one, then orders from the connection on the timed engine.
 
     Args:
-        connection: receives orders and sends a ``Decoded`` for each, and ``None`` when the timed engine has started
-            and when it has warmed up.
-        exact: the engine of the exact run.
-        exact_order: the order of the exact run.
+        connection: receives orders and sends their ``Decoded``, one a turn (see ``Order.turn``); before the next turn
+            of an order it waits for ``NEXT_TURN``. The exact run's comes first, then ``None`` when the timed engine has
+            started.
         timed: the engine of the timed runs.
         threads: number of threads of the timed engine.
+        exact: the run for exact texts; None where the timed engine's are.
 
     """
-    llm = exact.open()
-    connection.send(decode(llm, exact_order))
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-
+    if exact is not None:
+        llm = exact.engine.open()
+        *_, decoded = decode(llm, exact.order)
+        connection.send(decoded)
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
     set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
     llm = timed.open()
     connection.send(None)
-    warm_up = connection.recv()
-    decode(llm, Order(warm_up.prompts, WARM_UP_TOKENS))
-    connection.send(None)
     while True:
-        connection.send(decode(llm, connection.recv()))
+        for decoded in decode(llm, connection.recv()):
+            connection.send(decoded)
+            if not decoded.finished:
+                connection.recv()
 
 
-def decode(llm: LLM, order: Order) -> Decoded:
+def decode(llm: LLM, order: Order) -> Iterator[Decoded]:
+    """Carry out an order; yield how far it is after each turn, and last the whole."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=order.tokens,
+        ignore_eos=True,  # Which tokens end a text is the order's alone.
+        stop_token_ids=list(order.stop),
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
     before = counters(llm)
-    params = SamplingParams(temperature=0, max_tokens=order.tokens, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in order.prompts], params, use_tqdm=False)
-    spans = [output.metrics.last_token_ts - output.metrics.first_token_ts for output in outputs if output.metrics]
-    added = {name: value - before[name] for name, value in counters(llm).items()}
-    return Decoded([list(output.outputs[0].token_ids) for output in outputs], sum(spans), **added)
+    texts: dict[str, list[int]] = {}
+    for prompt in order.prompts:
+        name = str(next(llm.request_counter))
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        texts[name] = []
+    seconds = in_turn = 0.0
+    while llm.llm_engine.has_unfinished_requests():
+        has_begun = any(texts.values())
+        start = time.perf_counter()
+        outputs = llm.llm_engine.step()
+        taken = time.perf_counter() - start
+        seconds += taken if has_begun else 0.0
+        in_turn += taken
+        for output in outputs:
+            texts[output.request_id] += output.outputs[0].token_ids
+        finished = not llm.llm_engine.has_unfinished_requests()
+        if in_turn >= order.turn or finished:
+            in_turn = 0.0
+            added = {name: value - before[name] for name, value in counters(llm).items()}
+            yield Decoded([list(text) for text in texts.values()], seconds, **added, finished=finished)
 
 
 def counters(llm: LLM) -> dict[str, int]:

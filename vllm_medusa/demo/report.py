@@ -6,99 +6,127 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, Run
+from vllm_medusa.demo.contenders import TITLES
 from vllm_medusa.demo.engine import Decoded
+from vllm_medusa.demo.race import Run
 from vllm_medusa.files import replaced_file, write_json
 from vllm_medusa.versions import installed_versions
 
-TITLES = {
-    PLAIN: "plain vLLM",
-    NATIVE_CHAIN: "vLLM's chain",
-    TREE: "our tree",
-    TREE_WIDE: "our wide tree",
-}
-COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#21867a"]
+COLOURS = ["#9aa5b1", "#6c8ebf", "#2a9d8f", "#e9a23b"]
+
+Figures = dict[str, Any]
 
 
-def summarise(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
-    """Compute each contender's metrics; the first contender is the baseline.
+def summarise(runs: Mapping[str, Run]) -> dict[str, Figures]:
+    """Compute each contender's figures over all questions that it has answered (see ``summarise_by_kind``)."""
+    return {name: figures_of(run, next(iter(runs.values())), run.answers) for name, run in runs.items()}
 
-    ``tokens_per_second``, ``milliseconds_per_step`` and ``speedup`` (against the baseline in the same round) are
-    medians over the timed rounds. ``tokens_per_step``, ``drafted_tokens`` (per step) and ``identical_texts`` (of
-    ``texts``, against the baseline) are the exact run's. ``identical_share_timed`` is that of the timed rounds.
+
+def summarise_by_kind(runs: Mapping[str, Run], kinds: Sequence[str]) -> dict[str, dict[str, Figures]]:
+    """Compute each contender's figures over the questions of each kind.
+
+    Args:
+        runs: the contenders' runs; the first is the baseline.
+        kinds: each question's kind.
+
+    Returns:
+        By kind and contender: ``tokens_per_second``, ``milliseconds_per_step`` and ``speedup`` (against the baseline
+        on the same question) are medians over questions; ``tokens_per_step`` and ``drafted_tokens`` (per step) are
+        over all steps; ``identical_texts`` are those of ``texts`` that are the baseline's, in fp32.
+
     """
     baseline = next(iter(runs.values()))
-    speeds = {name: [_tokens_per_second(decoded) for decoded in run.rounds] for name, run in runs.items()}
-    summary = {}
-    for name, run in runs.items():
-        ratios = [own / plain for own, plain in zip(speeds[name], next(iter(speeds.values())), strict=True)]
-        summary[name] = {
-            "drafted_tokens": run.exact.drafted / run.exact.drafts if run.exact.drafts else 0.0,
-            "tokens_per_second": statistics.median(speeds[name]),
-            "tokens_per_second_by_round": speeds[name],
-            "speedup": statistics.median(ratios),
-            "milliseconds_per_step": statistics.median(map(_milliseconds_per_step, run.rounds)),
-            "tokens_per_step": _tokens_per_step(run),
-            "identical_texts": sum(map(list.__eq__, run.exact.texts, baseline.exact.texts)),
-            "texts": len(run.exact.texts),
-            "identical_share_timed": statistics.mean(
-                own.texts == plain.texts for own, plain in zip(run.rounds, baseline.rounds, strict=True)
-            ),
+    return {
+        kind: {
+            name: figures_of(run, baseline, [number for number in run.answers if kinds[number] == kind])
+            for name, run in runs.items()
         }
-    return summary
+        for kind in dict.fromkeys(kinds)
+    }
 
 
-def write_results(path: Path, summary: Mapping[str, Any], details: Mapping[str, Any]) -> None:
-    write_json(path, {"machine": machine(), "versions": installed_versions(), **details, "runs": summary})
+def figures_of(run: Run, baseline: Run, numbers: Iterable[int]) -> Figures:
+    """Compute a contender's figures over some questions; raises ``ValueError`` if none of them takes a step."""
+    asked = list(numbers)
+    # An answer of one token is the prompt's own step: there is nothing to time.
+    timed = [number for number in asked if len(run.answers[number].texts[0]) > 1]
+    if not timed:
+        raise ValueError("no answer has more than one token; give other questions, or more --tokens")
+    answers = [run.answers[number] for number in timed]
+    drafts = sum(answer.drafts for answer in answers)
+    speeds = [_tokens_per_second(answer) for answer in answers]
+    plain = [_tokens_per_second(baseline.answers[number]) for number in timed]
+    return {
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_step": 1 + sum(answer.accepted for answer in answers) / drafts if drafts else 1.0,
+        "speedup": statistics.median(own / other for own, other in zip(speeds, plain, strict=True)),
+        "milliseconds_per_step": statistics.median(map(_milliseconds_per_step, answers)),
+        "drafted_tokens": sum(answer.drafted for answer in answers) / drafts if drafts else 0.0,
+        "identical_texts": sum(run.exact[number] == baseline.exact[number] for number in asked),
+        "texts": len(asked),
+    }
 
 
-def print_table(summary: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    table = Table(title="One request at a time, greedy")
+def write_results(path: Path, details: Mapping[str, Any]) -> None:
+    write_json(path, {"machine": machine(), "versions": installed_versions(), **details})
+
+
+def print_table(summary: Mapping[str, Figures], by_kind: Mapping[str, Mapping[str, Figures]], console: Console) -> None:
+    """Print tokens per step and speedup by kind, then each contender's speed and how many texts are the same."""
+    table = Table(title="Tokens per step, and speed against plain vLLM; one request at a time, greedy")
     table.add_column("")
-    for column in ("drafted", "tokens/step", "tokens/s", "speedup", "same text, fp32"):
-        table.add_column(column, justify="right")
-    for name, run in summary.items():
-        table.add_row(
-            TITLES[name],
-            f"{run['drafted_tokens']:.1f}",
-            f"{run['tokens_per_step']:.2f}",
-            f"{run['tokens_per_second']:.1f}",
-            f"{run['speedup']:.2f}x",
-            f"{run['identical_texts']} of {run['texts']}",
-        )
+    for name in summary:
+        table.add_column(TITLES[name], justify="right")
+    for kind, figures in by_kind.items():
+        table.add_row(kind, *map(_cell, figures.values()))
+    table.add_section()
+    table.add_row("all", *map(_cell, summary.values()), style="bold")
+    table.add_row("tokens/s", *(f"{each['tokens_per_second']:.1f}" for each in summary.values()))
+    table.add_row("drafted per step", *(f"{each['drafted_tokens']:.1f}" for each in summary.values()))
+    table.add_row("same text, fp32", *(f"{each['identical_texts']} of {each['texts']}" for each in summary.values()))
     console.print(table)
-    shares = ", ".join(f"{TITLES[name]} {run['identical_share_timed']:.0%}" for name, run in summary.items())
-    console.print(f"Texts of the timed runs that are plain vLLM's: {shares}.")
 
 
-def draw(path: Path, summary: Mapping[str, Mapping[str, Any]], caption: str) -> None:
-    import matplotlib as mpl
+def draw(
+    path: Path, summary: Mapping[str, Figures], by_kind: Mapping[str, Mapping[str, Figures]], caption: str
+) -> None:
+    """Draw each contender's tokens per second, and its tokens per step by kind."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    speed, steps = figure.subplots(1, 2, width_ratios=(2, 3))
     titles = [TITLES[name] for name in summary]
-    for axis, key, label in zip(
-        axes, ("tokens_per_second", "tokens_per_step"), ("tokens per second", "tokens per step"), strict=True
-    ):
-        bars = axis.barh(titles, [run[key] for run in summary.values()], color=COLOURS)
-        axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.margins(x=0.15)
-        axis.set_xlabel(label)
+    bars = speed.barh(titles, [each["tokens_per_second"] for each in summary.values()], color=COLOURS)
+    speed.bar_label(
+        bars, [f"{each['tokens_per_second']:.1f} ({each['speedup']:.2f}x)" for each in summary.values()], padding=3
+    )
+    speed.invert_yaxis()
+    speed.margins(x=0.3)
+    speed.set_xlabel("tokens per second (speed against plain vLLM)")
+
+    groups = {**by_kind, "all": summary}
+    width = 0.8 / len(summary)
+    for index, name in enumerate(summary):
+        places = [group + (index - (len(summary) - 1) / 2) * width for group in range(len(groups))]
+        values = [figures[name]["tokens_per_step"] for figures in groups.values()]
+        bars = steps.bar(places, values, width, color=COLOURS[index], label=TITLES[name])
+        steps.bar_label(bars, fmt="%.1f", fontsize=6, padding=1)
+    steps.set_xticks(range(len(groups)), groups, fontsize=8)
+    steps.set_ylabel("tokens per step")
+    steps.margins(y=0.25)
+    steps.legend(ncols=len(summary), fontsize=7, loc="upper center", frameon=False)
+    for axis in (speed, steps):
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
     figure.supxlabel(caption, fontsize=8)
     with replaced_file(path, "wb") as stream:
         figure.savefig(stream, dpi=150, format="png")
-    pyplot.close(figure)
 
 
 def machine() -> dict[str, Any]:
@@ -109,15 +137,14 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory, 1), "gpu": None}
 
 
-def _tokens_per_second(decoded: Decoded) -> float:
-    """Count no text's first token: it comes from the prompt's step, and time starts after it."""
-    return sum(len(text) - 1 for text in decoded.texts) / decoded.seconds
+def _cell(figures: Figures) -> str:
+    return f"{figures['tokens_per_step']:.2f}, {figures['speedup']:.2f}x"
 
 
-def _tokens_per_step(run: Run) -> float:
-    return 1 + run.exact.accepted / run.exact.drafts if run.exact.drafts else 1.0
+def _tokens_per_second(answer: Decoded) -> float:
+    """Do not count the first token: it comes from the prompt's step, and time starts after it."""
+    return (len(answer.texts[0]) - 1) / answer.seconds
 
 
-def _milliseconds_per_step(decoded: Decoded) -> float:
-    steps = decoded.drafts or sum(len(text) - 1 for text in decoded.texts)
-    return decoded.seconds / steps * 1e3
+def _milliseconds_per_step(answer: Decoded) -> float:
+    return answer.seconds / (answer.drafts or len(answer.texts[0]) - 1) * 1e3

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.toy.tokenizer import train_tokenizer
 from tests.unit.stub_server import CHAT, MODELS, serve
 from vllm_medusa.cli import app
-from vllm_medusa.demo.tokenizer import train_tokenizer
 
 
 @pytest.fixture

@@ -46,6 +46,13 @@ def test_the_command_prints_tables_and_leaves_numbers_a_picture_and_the_tree(mod
     assert config["medusa_accuracies"] == results["medusa_accuracies"]
 
 
+def test_the_target_may_be_loaded_in_another_dtype(models: Path) -> None:
+    assert evaluate(models, models / "heads", "--dtype", "bfloat16").exit_code == 0
+    refused = evaluate(models, models / "heads", "--dtype", "int8")
+    assert refused.exit_code == 2
+    assert "'int8' is not one of" in refused.stderr
+
+
 def test_nothing_is_written_unasked(models: Path, tmp_path: Path) -> None:
     heads = shutil.copytree(models / "heads", tmp_path / "heads")
     before = (heads / "config.json").read_bytes()

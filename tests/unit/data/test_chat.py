@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.toy.tokenizer import train_tokenizer
 from tests.unit.strategies import deterministic
 from vllm_medusa.data.chat import encode_conversation, encode_prompt, user_turn
 from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.data.records import Message, Role
-from vllm_medusa.demo.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from tests.toy.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from tests.unit.strategies import deterministic
 from vllm_medusa.data.dataset import encode_record, load_blocks
 from vllm_medusa.data.packing import IGNORED, OPEN_BLOCKS, Sample, pack_samples
 from vllm_medusa.data.record_files import BadLineError, BadLines
 from vllm_medusa.data.records import Completion, Conversation, Message, Role, Text, TurnTokens
-from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 
 PADDING = 7
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tests.toy.tokenizer import EOS_ID
 from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
 from tests.unit.published import write_original
 from vllm_medusa.data.packing import IGNORED, Sample
-from vllm_medusa.demo.tokenizer import EOS_ID
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.evaluation.measure import Evaluation, evaluate_heads, load_heads
 from vllm_medusa.training.heads import TrainableHeads

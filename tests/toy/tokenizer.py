@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demo's tokenizer, a byte-level BPE, and cut prompts."""
+"""Train a tokenizer, a byte-level BPE, and cut prompts."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 import torch
 
-from vllm_medusa.demo.blocks import pack_blocks, shuffled_batches
+from tests.toy.blocks import pack_blocks, shuffled_batches
 
 
 def test_blocks_hold_the_documents_one_after_another():

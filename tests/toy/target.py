@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demo's target, a small Llama."""
+"""Train a small Llama on the standard library's code: the target of the engine tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_medusa.demo.blocks import shuffled_batches
-from vllm_medusa.demo.muon import Muon
-from vllm_medusa.demo.tokenizer import BOS_ID, EOS_ID
+from tests.toy.blocks import shuffled_batches
+from tests.toy.muon import Muon
+from tests.toy.tokenizer import BOS_ID, EOS_ID
 from vllm_medusa.progress import progress
 from vllm_medusa.training.schedule import linear_with_warmup
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.integration.engines import engine, generate, generate_staggered, greedy, spec_counters, texts
 from tests.integration.test_dynamic_trees import CODE, CODES, MOST, NODES, OPTIONS, SEEDED, TOKENS, Plain
-from tests.under_test import on
+from tests.under_test import UNDER_TEST, on
 
-TREES: list[Any] = on(v1=["chain", "sparse", "dynamic"], v2=["dynamic"], triton=["sparse", "dynamic"])
+TREES: list[Any] = on(v1=["chain", "sparse", "dynamic"], v2=["dynamic"], triton=["dynamic"])
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def test_texts_equal_those_without_speculation(
         both = [CODE, greedy(TOKENS)] * CODES
         mixed = texts(generate(llm, [plain.prompts[index // 2] for index in range(2 * CODES)], both))
         assert mixed == [each for pair in zip(plain.code, plain.greedy, strict=False) for each in pair]
+    if UNDER_TEST.is_v2:
+        return  # Which tokens heads draft does not depend on the runner.
     with engine(tiny_target, heads=tiny_heads, tree=tree, **options) as llm:
         generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST)
         independent = spec_counters(llm)

@@ -142,7 +142,7 @@ def test_heads_that_predict_no_numbers_draft_nothing() -> None:
 
 
 def test_more_nodes_than_the_beam_can_find_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 heads give trees of at most 6 nodes where 1 nodes .* not 7"):
+    with pytest.raises(ValueError, match=r"2 heads give trees of at most 6 nodes where 1 of a depth .* not 7"):
         BeamTree(2, 7, 3, 1, 0.0)
 
 

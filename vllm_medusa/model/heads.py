@@ -210,15 +210,13 @@ class MedusaHeads(nn.Module):
             name = stored_name if tensor_of_head is None else tensor_of_head.served_name
             if name == "token_map":
                 self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
-            elif name.startswith("paths.") and name in shapes:
+            elif name in shapes:
                 _check_shape(name, tensor, shapes[name])
                 check_dtype(name, tensor)
-                self._load_path(name, tensor)
-                missing.discard(name)
-            elif tensor_of_head is not None and name in shapes:
-                _check_shape(name, tensor, shapes[name])
-                check_dtype(name, tensor)
-                self._load(tensor_of_head, tensor)
+                if tensor_of_head is None:
+                    self._load_path(name, tensor)
+                else:
+                    self._load(tensor_of_head, tensor)
                 missing.discard(name)
             elif not (self.config.original_lm_head and name.startswith("lm_head")):
                 raise ValueError(

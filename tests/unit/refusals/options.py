@@ -85,7 +85,7 @@ OPTIONS = Section(
             "would weigh more than 16384 paths for 900 nodes",
         ),
         option({"medusa_tree": "dynamic", "num_speculative_tokens": 1025}, "1025 nodes", "give a tree of at most"),
-        option({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'", "'exact'"),
+        option({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'", "'exact'", "'typical'"),
         option({"medusa_tree": 3}, "medusa_tree: 3 is none of"),
         option({"medusa_tree": {"depth": 3}}, "medusa_tree: {'depth': 3} is none of"),
         option({"medusa_tree": "sparce"}, "medusa_tree: 'sparce' is none of", '"sparse", "dynamic", "chain"'),

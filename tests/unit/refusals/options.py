@@ -86,6 +86,8 @@ OPTIONS = Section(
         ),
         option({"medusa_tree": "dynamic", "num_speculative_tokens": 1025}, "1025 nodes", "give a tree of at most"),
         option({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'", "'exact'", "'typical'"),
+        option({"medusa_posterior_threshold": 1.5}, "medusa_posterior_threshold is 1.5", "less than or equal to 1"),
+        option({"medusa_posterior_alpha": -0.3}, "medusa_posterior_alpha is -0.3", "greater than or equal to 0"),
         option({"medusa_tree": 3}, "medusa_tree: 3 is none of"),
         option({"medusa_tree": {"depth": 3}}, "medusa_tree: {'depth': 3} is none of"),
         option({"medusa_tree": "sparce"}, "medusa_tree: 'sparce' is none of", '"sparse", "dynamic", "chain"'),

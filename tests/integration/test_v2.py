@@ -24,7 +24,13 @@ RUNS = {
     "v2 async": ["test_scheduler_life.py"],
     "v2 cuda triton": ["../rehearsal/test_cuda_worker.py"],
     "v2 cuda flash async": ["../rehearsal/test_graphs.py", "../rehearsal/test_cuda_worker.py"],
-    "v2 triton async": ["test_launches.py", "test_proposal_graphs.py", "test_exactness.py", "test_dynamic_trees.py"],
+    "v2 triton async": [
+        "test_acceptance.py",
+        "test_launches.py",
+        "test_proposal_graphs.py",
+        "test_exactness.py",
+        "test_dynamic_trees.py",
+    ],
 }
 """For each engine (see ``tests.under_test``), the files whose tests hold on both runners."""
 

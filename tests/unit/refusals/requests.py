@@ -27,8 +27,8 @@ def request(extra: dict[str, Any], *names: str, given: str | None = None, **para
 
 REQUESTS = Section(
     "Options of a single request",
-    "In `vllm_xargs` of a request to the server, which answers HTTP 400 with this line, or in `SamplingParams.extra_args`, "
-    "where `generate` raises `ValueError`. Other requests go on.",
+    "In `vllm_xargs` of a request to the server, which answers HTTP 400 with this line, or in "
+    "`SamplingParams.extra_args`, where `generate` raises `ValueError`. Other requests go on.",
     (
         request({"medusa_acceptance": "eager"}, "medusa_acceptance is 'eager'", "['exact', 'typical']"),
         request({"medusa_acceptance": 1}, "medusa_acceptance is 1"),

@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 RUNS = {
     "v2": [
+        "test_acceptance.py",
         "test_exactness.py",
         "test_sampling.py",
         "test_logprobs.py",
@@ -25,7 +26,6 @@ RUNS = {
     "v2 cuda triton": ["../rehearsal/test_cuda_worker.py"],
     "v2 cuda flash async": ["../rehearsal/test_graphs.py", "../rehearsal/test_cuda_worker.py"],
     "v2 triton async": [
-        "test_acceptance.py",
         "test_launches.py",
         "test_proposal_graphs.py",
         "test_exactness.py",

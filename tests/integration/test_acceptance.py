@@ -43,7 +43,7 @@ REQUESTS = {
     "no speculation": params(medusa={"medusa_max_nodes": 0}),
     "two nodes": params(medusa={"medusa_max_nodes": 2}),
 }
-ALONE = on(v1=list(REQUESTS), v2=["exact", "typical", "typical with penalties"])
+ALONE = on(v1=list(REQUESTS), v2=["exact", "typical", "typical with penalties", "no speculation"])
 """Requests that run alone too: an interpreted engine takes seconds for each."""
 
 
@@ -96,6 +96,7 @@ def test_at_temperature_0_typical_acceptance_is_exact(run: Run) -> None:
 
 def test_smaller_drafts_and_none_leave_the_text_and_accept_less(run: Run) -> None:
     assert run.tokens("no speculation") == run.tokens("two nodes") == run.tokens("exact")
+    assert run.counters["no speculation"].accepted == 0
     if not UNDER_TEST.is_v2:  # whose scheduler counts the tree's rows for every request
         assert run.counters["no speculation"].drafted == 0
         assert run.counters["two nodes"].drafted <= 2 * run.counters["two nodes"].drafts

@@ -82,7 +82,7 @@ def settle(
     row = torch.arange(num_rows, device=kept.device)
     is_node = trees.parents >= 0
     # Pointers jump as in derive_trees: a root's parent is itself.
-    above = torch.where(is_node, trees.parents, row)
+    parent = above = torch.where(is_node, trees.parents, row)
     kept = (kept & (trees.tokens >= 0)) | ~is_node
     depth = is_node.long()
     score = torch.where(kept & is_node, log_probs, 0.0)
@@ -95,12 +95,12 @@ def settle(
     best &= score == _of_requests(above, score.masked_fill(~best, -torch.inf))
     # The first of equals; rows grow along a path.
     at = num_rows - 1 - _of_requests(above, (num_rows - 1 - row).masked_fill(~best, -1))[trees.roots.long()]
-    # One place more takes what the other requests' shorter branches have to write.
+    # A root has no row to write to; one place more takes that.
+    written = torch.where(is_node, trees.parents, num_rows)
     settled = torch.full((num_rows + 1,), NO_TOKEN, dtype=torch.int64, device=kept.device)
     for _ in range(trees.max_depth):
-        parent = trees.parents[at]
-        settled.scatter_(0, torch.where(parent >= 0, parent, num_rows), trees.tokens[at])
-        at = torch.where(parent >= 0, parent, at)
+        settled.scatter_(0, written[at], trees.tokens[at])
+        at = parent[at]
     return settled[:num_rows]
 
 

@@ -12,6 +12,9 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
+from vllm_medusa.acceptance.contract import Acceptance
+from vllm_medusa.acceptance.exact import Exact
+from vllm_medusa.acceptance.typical import Typical
 from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
 from vllm_medusa.checkpoint.hub import require_name
 from vllm_medusa.checkpoint.served import check_directory
@@ -46,6 +49,8 @@ MAX_REASON = 400
 VLLM_OPTIONS = ("method", "model", "num_speculative_tokens", "draft_tensor_parallel_size", "revision", "code_revision")
 """vLLM's own speculative options that mean something to Medusa heads; the others are refused."""
 
+AcceptanceName = Literal["exact", "typical"]
+
 MedusaTree = str | list[int] | list[list[int]]
 
 
@@ -75,8 +80,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Most tokens of each head that a sparse or dynamic tree may use."""
     medusa_min_probability: float | None = Field(default=None, ge=0, le=1)
     """The least probability, by the heads' own judgement, of a path that a dynamic tree drafts."""
-    medusa_acceptance: Literal["exact"] = "exact"
-    """The rule by which drafted tokens are kept; "exact" keeps the target's own output."""
+    medusa_acceptance: AcceptanceName = "exact"
+    """The rule by which drafted tokens are kept where a request names none; "exact" keeps the target's own output."""
+    medusa_posterior_threshold: float = Field(default=0.09, ge=0, le=1)
+    """Epsilon of typical acceptance: a token more probable than that is always kept."""
+    medusa_posterior_alpha: float = Field(default=0.3, ge=0, le=1)
+    """Delta of typical acceptance: a token more probable than delta times exp(-entropy) is kept too."""
 
     draft_model_config: SkipValidation[ModelConfig] = None
     """The heads' checkpoint as vLLM sees it; resolved from ``model``."""
@@ -137,6 +146,12 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def heads(self) -> MedusaHeadsConfig:
         """The heads' own configuration."""
         return self.draft_model_config.hf_config
+
+    def rule(self, name: AcceptanceName) -> Acceptance:
+        """Return the acceptance rule of this name."""
+        if name == "exact":
+            return Exact()
+        return Typical(self.medusa_posterior_threshold, self.medusa_posterior_alpha)
 
     @property
     def tree(self) -> Tree:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 
 def register() -> None:
@@ -26,7 +27,7 @@ def register() -> None:
     from vllm_medusa.checkpoint.config import ARCHITECTURE, MODEL_TYPE, MedusaHeadsConfig
 
     patches.add_heads(MODEL_TYPE, ARCHITECTURE, MedusaHeadsConfig)
-    patches.accept_all_sampling_params(_is_medusa)
+    patches.check_requests(_is_medusa, _check_request)
     patches.allow_async_scheduling()
     patches.capture_further_sizes(_further_capture_sizes)
 
@@ -50,6 +51,14 @@ def _is_medusa(speculative_config: SpeculativeConfig) -> bool:
     from vllm_medusa.config import MedusaSpeculativeConfig
 
     return isinstance(speculative_config, MedusaSpeculativeConfig)
+
+
+def _check_request(params: SamplingParams, speculative_config: SpeculativeConfig) -> None:
+    from vllm_medusa.config import MedusaSpeculativeConfig
+    from vllm_medusa.request import check_request
+
+    assert isinstance(speculative_config, MedusaSpeculativeConfig)
+    check_request(params, speculative_config)
 
 
 def _further_capture_sizes(vllm_config: VllmConfig) -> list[int]:

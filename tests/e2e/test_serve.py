@@ -169,9 +169,22 @@ def test_prometheus_counts_drafted_and_accepted_tokens(server: Server, prompts: 
         ({"prompt": [5], "temperature": -1.0}, 400),
         ({"prompt": [5], "top_p": 2.0}, 400),
         ({"prompt": [10**6]}, 400),
+        ({"prompt": [5], "extra_body": {"vllm_xargs": {"medusa_acceptance": "eager"}}}, 400),
+        ({"prompt": [5], "extra_body": {"vllm_xargs": {"medusa_max_nodes": -1}}}, 400),
+        ({"prompt": [5], "extra_body": {"vllm_xargs": {"medusa_nodes": 3}}}, 400),
         ({"prompt": [5], "model": "another"}, 404),
     ],
-    ids=["prompt too long", "too many tokens", "temperature", "top_p", "unknown token", "unknown model"],
+    ids=[
+        "prompt too long",
+        "too many tokens",
+        "temperature",
+        "top_p",
+        "unknown token",
+        "acceptance",
+        "max_nodes",
+        "unknown option",
+        "unknown model",
+    ],
 )
 def test_a_bad_request_is_refused_and_the_server_goes_on(
     server: Server, prompts: list[list[int]], plain_texts: dict[str, list[str]], request_: dict[str, Any], status: int
@@ -179,6 +192,8 @@ def test_a_bad_request_is_refused_and_the_server_goes_on(
     with pytest.raises(openai.APIStatusError) as refused:
         server.client.completions.create(**{"model": MODEL, "max_tokens": 4, **request_})
     assert refused.value.status_code == status
+    for name in request_.get("extra_body", {}).get("vllm_xargs", {}):
+        assert name in str(refused.value)
     completion = server.client.completions.create(
         model=MODEL, prompt=prompts[0], max_tokens=TOKENS, **REQUESTS["greedy"]
     )

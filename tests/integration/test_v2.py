@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 RUNS = {
     "v2": [
+        "test_acceptance.py",
         "test_exactness.py",
         "test_sampling.py",
         "test_logprobs.py",

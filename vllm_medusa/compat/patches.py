@@ -80,23 +80,36 @@ def add_heads(model_type: str, architecture: str, config: type[PretrainedConfig]
     ModelRegistry.register_model(architecture, HEADS)
 
 
-def accept_all_sampling_params(is_medusa: Callable[[SpeculativeConfig], bool]) -> None:
-    """Let requests to an engine with Medusa use ``min_p`` and ``logit_bias``.
+def check_requests(
+    is_medusa: Callable[[SpeculativeConfig], bool], check: Callable[[SamplingParams, SpeculativeConfig], None]
+) -> None:
+    """Let requests to an engine with Medusa use ``min_p``, ``logit_bias`` and Medusa's own options.
 
     Args:
         is_medusa: whether an engine with this speculative config decodes with Medusa.
+        check: raises ValueError where a request's own options are wrong. The server answers HTTP 400 with its message,
+            and offline the ValueError is what ``generate`` raises, before the engine knows of the request.
 
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
+
+    class WrongOptionError(VLLMValidationError, ValueError):
+        """A request's option is wrong."""
 
     validate = SamplingParams._validate_spec_decode
 
     # Reason: vLLM refuses min_p and logit_bias under speculation because its rejection sampler cannot apply them.
-    # Medusa draws with vLLM's plain sampler, which can.
+    # Medusa draws with vLLM's plain sampler, which can. And this is where vLLM's own check of a request at its
+    # admission knows the engine's speculative config; Platform.validate_request does not, and belongs to the platform.
     @wraps(validate)
     def validate_spec_decode(self: SamplingParams, speculative_config: SpeculativeConfig | None) -> None:
         if speculative_config is None or not is_medusa(speculative_config):
-            validate(self, speculative_config)
+            return validate(self, speculative_config)
+        try:
+            return check(self, speculative_config)
+        except ValueError as error:
+            raise WrongOptionError(str(error)) from None
 
     SamplingParams._validate_spec_decode = validate_spec_decode
 

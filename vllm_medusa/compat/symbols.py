@@ -130,6 +130,14 @@ SIGNATURES: Final = {
         "self, logits, sampling_metadata, predict_bonus_token, logprobs_mode_override"
     ),
     "vllm.v1.sample.sampler:Sampler.greedy_sample": "logits",
+    "vllm.v1.sample.sampler:Sampler.__init__": "self, logprobs_mode, use_fp64_gumbel",
+    "vllm.v1.sample.sampler:Sampler.sample": "self, logits, sampling_metadata, logprobs_mode_override",
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits, k, p",
+    "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native": "self, logits, generators, k, p",
+    "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params": (
+        "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
+        "seq_lens_upper_bound_np, skip_top_k_top_p"
+    ),
     "vllm.v1.worker.gpu.sample.sampler:Sampler.sample": (
         "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "
         "seq_lens_upper_bound_np, return_logprobs"

@@ -80,6 +80,16 @@ class StepTrees:
         child = torch.full_like(parents, -1)
         return child.scatter_reduce_(0, parents, torch.where(is_child, row, -1), "amax")[rows]
 
+    def paths(self) -> torch.Tensor:
+        """Return the path to each row, ``[num_rows, max_depth + 1]``, int64; the row itself fills it up."""
+        above = [torch.arange(len(self.parents), device=self.parents.device)]
+        for _ in range(self.max_depth):
+            parent = self.parents[above[-1]]
+            above.append(torch.where(parent >= 0, parent, above[-1]))
+        level = torch.arange(self.max_depth + 1, device=self.parents.device)
+        depths = self.depths[self.logits_indices]
+        return torch.stack(above, dim=1).gather(1, (depths[:, None] - level).clamp(min=0))
+
     def branching_reqs(self) -> torch.Tensor:
         """Return the requests whose trees are no chains, ``[num_branching]``, int64; on the CPU only."""
         parents = self.parents.numpy()

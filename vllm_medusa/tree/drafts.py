@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,13 @@ class Drafts:
     parents: torch.Tensor
     lengths: torch.Tensor
     log_probs: torch.Tensor | None = None
+
+    def cut(
+        self,
+        most: torch.Tensor,  # [num_reqs], int64
+    ) -> Drafts:
+        """Return the drafts with at most so many nodes, the first ones of each."""
+        return replace(self, lengths=self.lengths.minimum(most))
 
     def padded_tokens(self) -> torch.Tensor:
         """Return ``tokens`` with ``NO_TOKEN`` past each draft's length."""

@@ -13,10 +13,11 @@ from tests.unit.refusals.commands import COMMANDS, DATA, EVAL
 from tests.unit.refusals.conversions import CONVERSIONS
 from tests.unit.refusals.heads import HEADS_GIVEN
 from tests.unit.refusals.options import ENGINES, OPTIONS
+from tests.unit.refusals.requests import REQUESTS
 
 PAGE = Path(__file__).parents[3] / "docs" / "errors.md"
 
-SECTIONS: tuple[Section, ...] = (OPTIONS, ENGINES, HEADS_GIVEN, CONVERSIONS, EVAL, DATA, COMMANDS)
+SECTIONS: tuple[Section, ...] = (OPTIONS, ENGINES, REQUESTS, HEADS_GIVEN, CONVERSIONS, EVAL, DATA, COMMANDS)
 
 INTRODUCTION = f"""# Wrong inputs, and the line that each gets
 

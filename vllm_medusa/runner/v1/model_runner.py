@@ -19,8 +19,9 @@ from vllm_medusa.acceptance.exact import Walk, walk
 from vllm_medusa.attention.cpu.backend import tree_attention_selected
 from vllm_medusa.attention.metadata import announce_trees, prepare_backends
 from vllm_medusa.compat.runners import all_logits_processors
-from vllm_medusa.config import check_engine
+from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
+from vllm_medusa.request import RequestOptions
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
@@ -39,6 +40,12 @@ class MedusaModelRunner(CPUModelRunner):
             super().__init__(vllm_config, device)
         self._drafts = WaitingDrafts(self.drafter.tree.num_nodes)
         self._max_depth = self.drafter.tree.depth
+        options = medusa_config(vllm_config)
+        assert options is not None
+        self._options = options
+        self._rule = options.rule("typical")
+        self._asking: set[str] = set()
+        self._max_nodes: dict[str, int] = {}
         self._trees: StepTrees | None = None
         self._walk: Walk | None = None
 
@@ -56,8 +63,17 @@ class MedusaModelRunner(CPUModelRunner):
         self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
-        """Forget the trees of requests that have ended."""
+        """Forget what is known of requests that have ended, and read the options of new ones."""
         self._drafts.forget(scheduler_output.finished_req_ids)
+        self._asking -= scheduler_output.finished_req_ids
+        for req_id in scheduler_output.finished_req_ids:
+            self._max_nodes.pop(req_id, None)
+        for request in scheduler_output.scheduled_new_reqs:
+            options = RequestOptions.of(request.sampling_params, self._options)
+            if not options.acceptance.is_exact:
+                self._asking.add(request.req_id)
+            if options.max_nodes is not None:
+                self._max_nodes[request.req_id] = min(options.max_nodes, self.drafter.tree.num_nodes)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(
@@ -92,6 +108,9 @@ class MedusaModelRunner(CPUModelRunner):
         trees, self._trees = self._trees, None
         discarded = torch.from_numpy(self.discard_request_mask.np[: self.input_batch.num_reqs])
         with TreeSampler(self.sampler, self.input_batch, logits, discarded) as sampler:
+            if self._asking:
+                asking = [req_id in self._asking for req_id in self.input_batch.req_ids]
+                sampler.settle(self._rule, trees, torch.tensor(asking))
             accepted = walk(trees, sampler.draw)
         tables = self.input_batch.block_table.block_tables
         self._commit(trees, accepted, [table.slot_mapping.gpu for table in tables])
@@ -126,8 +145,12 @@ class MedusaModelRunner(CPUModelRunner):
     ) -> list[list[int]]:
         """Draft from the hidden state of the row where each request stopped."""
         assert self._walk is not None
-        walk = self._walk
-        drafts = self.drafter.propose(hidden_states[walk.stopped_at], walk.last_tokens, self._chained())
+        walked = self._walk
+        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens, self._chained())
+        if self._max_nodes:
+            num_nodes = self.drafter.tree.num_nodes
+            most = [self._max_nodes.get(req_id, num_nodes) for req_id in self.input_batch.req_ids]
+            drafts = drafts.cut(torch.tensor(most))
         self._drafts.keep(self.input_batch.req_ids, drafts)
         return [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
 

@@ -16,6 +16,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
+from vllm_medusa.acceptance.contract import Acceptance
+from vllm_medusa.runner.v1.settling import SettledSampler, Settling
+from vllm_medusa.step.trees import StepTrees
+
 
 class TreeSampler:
     """The target's draws for one step: the ``draw`` of ``acceptance.exact.walk``.
@@ -23,6 +27,10 @@ class TreeSampler:
     Before each level but the first, the token drawn at the level before joins the request's output and the logits
     processors update, so that penalties, bad words, ``min_tokens`` and custom processors see what they would see in
     plain decoding. The outputs are as before once the context is left.
+
+    Attributes:
+        logprobs: what the requests ask to know of each level's tokens.
+
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class TreeSampler:
         self.logits = logits
         self.discarded = discarded
         self.logprobs: list[LogprobsTensors | None] = []
+        self._settled: SettledSampler | None = None
         self._drawn: torch.Tensor | None = None
         self._appended: list[list[int]] = []
         # vLLM's own speculation hands the drafts to penalties; here only what the walk has accepted counts.
@@ -52,19 +61,37 @@ class TreeSampler:
         for output in self._appended:
             output.pop()
 
+    def settle(
+        self,
+        rule: Acceptance,
+        trees: StepTrees,
+        asking: torch.Tensor,  # [requests], bool
+    ) -> None:
+        """Let a rule settle tokens of the requests that ask for it, before the first draw."""
+        asking = asking & ~self.discarded
+        if self._argmax is None and bool(asking.any()):
+            settled = Settling(rule, trees, self.batch, self._metadata, asking).tokens(self.logits)
+            self._settled = SettledSampler(self.sampler, settled)
+
     def draw(
         self,
         row: torch.Tensor,  # [requests], int64
         walking: torch.Tensor,  # [requests], bool
     ) -> torch.Tensor:
-        """Draw each walking request's token at its row; seeded generators of the others stay where they are."""
+        """Draw each walking request's token at its row, or take the settled one.
+
+        Seeded generators of requests that do not draw stay where they are.
+        """
         if self._argmax is not None:
             return self._argmax[row]
         if self._drawn is not None:
             self._append(self._drawn.tolist(), walking.tolist())
-        draws = (walking & ~self.discarded).tolist()
+        sampler, drawing = self.sampler, walking & ~self.discarded
+        if self._settled is not None:
+            sampler, drawing = self._settled, drawing & (self._settled.stand_at(row) < 0)
+        draws = drawing.tolist()
         generators = {index: state for index, state in self._metadata.generators.items() if draws[index]}
-        sampled = self.sampler(self.logits[row], replace(self._metadata, generators=generators))
+        sampled = sampler(self.logits[row], replace(self._metadata, generators=generators))
         self.logprobs.append(sampled.logprobs_tensors)
         self._drawn = sampled.sampled_token_ids.flatten().long()
         return self._drawn

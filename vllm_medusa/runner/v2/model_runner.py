@@ -27,6 +27,7 @@ from vllm_medusa.compat.runners import speculator
 from vllm_medusa.config import check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
+from vllm_medusa.request import RequestOptions
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v2.drafts import WaitingDrafts
@@ -43,6 +44,7 @@ class MedusaSpeculator(BaseSpeculator):
     Attributes:
         stopped_at: ``[num_reqs]``, int64: ``Walk.stopped_at`` of the step's requests.
         chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
+        max_nodes: ``[num_reqs]``, int64: most nodes of each request's draft; None if none has a limit.
         drafts: the trees of drafts that wait for their verification.
         graphs: the proposal as CUDA graphs. vLLM makes them anew, and drops those with which it measured memory.
 
@@ -56,6 +58,7 @@ class MedusaSpeculator(BaseSpeculator):
         self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
         self.stopped_at: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
+        self.max_nodes: torch.Tensor | None = None
         self.graphs: ProposalGraphs | None = None
         self._buffers = ProposalBuffers.allocate(vllm_config, self.proposer.tree.num_nodes, device)
         self._vllm_config, self._device = vllm_config, device
@@ -97,8 +100,10 @@ class MedusaSpeculator(BaseSpeculator):
             roots = self._buffers.roots[: input_batch.num_reqs]
             torch.index_select(last_sampled.view(-1), 0, input_batch.idx_mapping, out=roots)
         drafts = self._draft(hidden, self.chained)
+        if self.max_nodes is not None:
+            drafts = drafts.cut(self.max_nodes)
         self.drafts.keep(input_batch.idx_mapping, drafts)
-        return drafts.tokens if self.chained is None else drafts.padded_tokens()
+        return drafts.tokens if self.chained is None and self.max_nodes is None else drafts.padded_tokens()
 
     def _draft(
         self,
@@ -132,8 +137,11 @@ class MedusaModelRunner(GPUModelRunner):
             )
         with speculator(MedusaSpeculator):
             super().__init__(vllm_config, device)
-        self._follows_grammar = np.zeros(self.max_num_reqs, dtype=bool)
+        self._options = options
         tree = self.speculator.proposer.tree
+        self._follows_grammar = np.zeros(self.max_num_reqs, dtype=bool)
+        self._asks_rule = np.zeros(self.max_num_reqs, dtype=bool)
+        self._max_nodes = np.full(self.max_num_reqs, tree.num_nodes)
         self._max_depth = tree.depth
         self._buffers = StepTrees.allocate(tree.num_nodes, self.max_num_reqs, self.max_num_tokens, device)
         self._trees = self._buffers
@@ -144,7 +152,7 @@ class MedusaModelRunner(GPUModelRunner):
             super().load_model(*args, **kwargs)
         self.speculator.load_model(self.model)
         assert self.sampler is not None
-        self.rejection_sampler = TreeVerifier(self.sampler, self.speculator.proposer.options, self.device)
+        self.rejection_sampler = TreeVerifier(self.sampler, self._options, self.device)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
@@ -166,12 +174,16 @@ class MedusaModelRunner(GPUModelRunner):
         return self.speculator.proposer.model
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Add the step's new requests, and note which follow a grammar: their drafts must be chains."""
+        """Add the step's new requests; note their options and which follow a grammar: their drafts must be chains."""
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             slot = self.req_states.req_id_to_index[request.req_id]
             self._follows_grammar[slot] = params is not None and params.structured_outputs is not None
+            options = RequestOptions.of(params, self._options)
+            self._asks_rule[slot] = not options.acceptance.is_exact
+            most = self.speculator.proposer.tree.num_nodes
+            self._max_nodes[slot] = most if options.max_nodes is None else min(options.max_nodes, most)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Let vLLM map slots as for chains, then put each row of a tree at the position of its depth."""
@@ -203,6 +215,8 @@ class MedusaModelRunner(GPUModelRunner):
         announce_trees(self._groups(), self._buffers)
         assert isinstance(verifier, TreeVerifier)
         verifier.trees, verifier.accepted = trees, None
+        slots = input_batch.idx_mapping_np
+        verifier.asking = self._on_device(self._asks_rule[slots])
         sampled = super().sample(hidden_states, input_batch, grammar_output)
         # A step without drafts is not verified; it has a row a request.
         self.speculator.stopped_at = trees.logits_indices
@@ -210,9 +224,14 @@ class MedusaModelRunner(GPUModelRunner):
             if self._commit is not None:
                 self._commit(trees, verifier.accepted, list(self._slots))
             self.speculator.stopped_at = verifier.accepted.stopped_at
-        chained = self._follows_grammar[input_batch.idx_mapping_np]
-        self.speculator.chained = async_tensor_h2d(chained, device=self.device) if chained.any() else None
+        self.speculator.chained = self._on_device(self._follows_grammar[slots])
+        limits, num_nodes = self._max_nodes[slots], self.speculator.proposer.tree.num_nodes
+        self.speculator.max_nodes = async_tensor_h2d(limits, device=self.device) if (limits < num_nodes).any() else None
         return sampled
+
+    def _on_device(self, flags: np.ndarray) -> torch.Tensor | None:
+        """Return the requests' flags, ``[num_reqs]``, bool; None if none is set, which costs no copy."""
+        return async_tensor_h2d(flags, device=self.device) if flags.any() else None
 
     def _groups(self) -> Iterator[AttentionGroup]:
         return (group for groups in self.attn_groups for group in groups)

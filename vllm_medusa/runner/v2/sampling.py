@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from vllm.config import SpeculativeConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
@@ -30,7 +29,9 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
 )
 
 from vllm_medusa.acceptance.exact import Walk, walk
+from vllm_medusa.acceptance.typical import judge_nodes, settle
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
+from vllm_medusa.config import MedusaSpeculativeConfig
 from vllm_medusa.step.trees import StepTrees
 
 Verified = tuple[Walk, LogprobsTensors | None, SamplingMaskTensors | None]
@@ -55,16 +56,25 @@ class TreeVerifier(RejectionSampler):
 
     Attributes:
         max_rows: rows of the largest tree.
+        rule: the acceptance rule of requests that do not ask for the exact one.
         trees: the step's trees, set before each call.
+        asking: which of the step's requests ask for ``rule``, ``[num_reqs]``, bool, set before each call; None if none.
         accepted: where the last call's walk went.
 
     """
 
     def __init__(
-        self, sampler: Sampler, options: SpeculativeConfig, device: torch.device, *, watermark_key: int | None = None
+        self,
+        sampler: Sampler,
+        options: MedusaSpeculativeConfig,
+        device: torch.device,
+        *,
+        watermark_key: int | None = None,
     ) -> None:
         super().__init__(sampler, options, device, watermark_key=watermark_key)
         self.max_rows = options.num_speculative_tokens + 1
+        self.rule = options.rule("typical")
+        self.asking: torch.Tensor | None = None
         self.trees: StepTrees | None = None
         self.accepted: Walk | None = None
 
@@ -110,9 +120,12 @@ class TreeVerifier(RejectionSampler):
         first_row, levels = input_batch.cu_num_logits_np, trees.max_depth + 1
         # Draws by level and reports take a row a level of each request, even where its tree has fewer.
         rows = np.maximum(np.diff(first_row), levels)
+        if self.asking is not None:
+            # A rule reads distributions, which take as much twice over, and of paths where logits depend on them.
+            rows = rows * (3 * levels if self._depends_on_path(input_batch) else 3)
         chunks = list(_iter_request_chunks(np.append(0, rows.cumsum()), get_max_chunk_logits(logits.shape[1])))
         if len(chunks) == 1:
-            return self._verify_chunk(logits, input_batch, trees, wanted)
+            return self._verify_chunk(logits, input_batch, trees, wanted, self.asking)
         walks: list[Walk] = []
         logprobs: list[LogprobsTensors] = []
         masks: list[SamplingMaskTensors] = []
@@ -127,7 +140,11 @@ class TreeVerifier(RejectionSampler):
                 seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[start:end],
             )
             accepted, chunk_logprobs, chunk_masks = self._verify_chunk(
-                logits[first:last], chunk, trees.part(start, end, first, last), wanted
+                logits[first:last],
+                chunk,
+                trees.part(start, end, first, last),
+                wanted,
+                self.asking[start:end] if self.asking is not None else None,
             )
             walks.append(accepted.shifted(first))
             if chunk_logprobs is not None:
@@ -141,15 +158,24 @@ class TreeVerifier(RejectionSampler):
         )
 
     def _verify_chunk(
-        self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees, wanted: Wanted
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        trees: StepTrees,
+        wanted: Wanted,
+        asking: torch.Tensor | None,
     ) -> Verified:
         sampler = self.sampler
         scores_processed = wanted.logprobs_dims is not None and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         needs_processed = scores_processed or wanted.max_num_kept is not None
-        if self._depends_on_path(input_batch):
-            accepted, processed = self._walk_by_level(logits, input_batch, trees, needs_processed)
+        depends_on_path = self._depends_on_path(input_batch)
+        settled = None
+        if asking is not None:
+            settled = self._settled(logits, input_batch, trees, asking, depends_on_path)
+        if depends_on_path:
+            accepted, processed = self._walk_by_level(logits, input_batch, trees, settled, needs_processed)
         else:
-            accepted, processed = self._walk_at_once(logits, input_batch, trees, needs_processed)
+            accepted, processed = self._walk_at_once(logits, input_batch, trees, settled, needs_processed)
         logprobs = masks = None
         num_reqs, levels = accepted.rows.shape
         if wanted.logprobs_dims is not None:
@@ -192,8 +218,50 @@ class TreeVerifier(RejectionSampler):
         budget = sampler.thinking_budget_state
         return bool(budget.enabled and budget.use_thinking_budget[requests].any())
 
+    def _settled(
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        trees: StepTrees,
+        asking: torch.Tensor,  # [num_reqs], bool
+        depends_on_path: bool,
+    ) -> torch.Tensor:  # [num_rows], int64: ``acceptance.typical.settle``
+        """Let the rule settle tokens of the requests that ask for it."""
+        row = torch.arange(logits.shape[0], device=logits.device)
+        rows, local_positions = row, input_batch.expanded_local_pos
+        if depends_on_path:
+            # Each row at the end of a chain of its own, as V2's processors expect it: the path to it.
+            paths = trees.paths()
+            levels = paths.shape[1]
+            rows = paths.flatten()
+            local_positions = torch.arange(levels, dtype=torch.int32, device=row.device).repeat(len(row))
+        processed = self.sampler.apply_sampling_params(
+            logits[rows] if depends_on_path else logits,
+            input_batch.expanded_idx_mapping[rows],
+            input_batch.idx_mapping,
+            input_batch.idx_mapping_np,
+            trees.positions[rows],
+            trees.tokens[rows],
+            local_positions,
+            input_batch.seq_lens_cpu_upper_bound.numpy(),
+        )
+        if depends_on_path:
+            processed = processed[row * paths.shape[1] + trees.depths[trees.logits_indices]]
+        log_probs, entropies = judge_nodes(trees, processed)
+        request = torch.searchsorted(trees.cu_num_rows.long(), row, right=True) - 1
+        # A draft behind a prompt is one that the scheduler has made up: its tokens are what an earlier request left.
+        slots = input_batch.idx_mapping
+        drafted = trees.root_positions[: len(slots)] >= self.sampler.req_states.prefill_len.gpu[slots]
+        kept = self.rule.keeps(log_probs, entropies) & (asking & drafted)[request]
+        return settle(trees, kept, log_probs)
+
     def _walk_at_once(
-        self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees, needs_processed: bool
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        trees: StepTrees,
+        settled: torch.Tensor | None,
+        needs_processed: bool,
     ) -> tuple[Walk, torch.Tensor | None]:
         """Draw at all rows, then walk.
 
@@ -211,11 +279,18 @@ class TreeVerifier(RejectionSampler):
             input_batch.expanded_local_pos,
             needs_processed,
         )
+        if settled is not None:
+            drawn = torch.where(settled >= 0, settled, drawn)
         accepted = walk_drawn(trees, drawn, self.max_rows)
         return accepted, processed[accepted.rows.clamp(min=0).flatten()] if needs_processed else None
 
     def _walk_by_level(
-        self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees, needs_processed: bool
+        self,
+        logits: torch.Tensor,
+        input_batch: InputBatch,
+        trees: StepTrees,
+        settled: torch.Tensor | None,
+        needs_processed: bool,
     ) -> tuple[Walk, torch.Tensor | None]:
         """Draw at one level's rows, with the path to them, then step to the next level's (see ``_walk_at_once``)."""
         path: list[torch.Tensor] = []
@@ -236,7 +311,8 @@ class TreeVerifier(RejectionSampler):
             )
             if needs_processed:
                 kept.append(processed.view(requests, levels, -1)[:, -1].clone())
-            return drawn.view(requests, levels)[:, -1]
+            drawn = drawn.view(requests, levels)[:, -1]
+            return drawn if settled is None else torch.where(settled[row] >= 0, settled[row], drawn)
 
         accepted = walk(trees, draw, may_wait=False)
         return accepted, torch.stack(kept, dim=1).flatten(0, 1) if needs_processed else None

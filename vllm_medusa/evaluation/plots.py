@@ -26,7 +26,7 @@ def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right, *scores) = pyplot.subplots(1, 4, figsize=(18, 3.6), layout="constrained")
+    figure, ((left, right), scores) = pyplot.subplots(2, 2, figsize=(10, 7.2), layout="constrained")
     for head, top_k in enumerate(evaluation.top_k, start=1):
         left.plot(range(1, len(top_k) + 1), top_k, marker="o", markersize=3, label=f"head {head}")
     left.set(xlabel="first tokens of a head", ylabel="right token among them", ylim=(0, 1))

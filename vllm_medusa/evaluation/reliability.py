@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -30,6 +31,19 @@ class Positions:
     hidden: torch.Tensor
     roots: torch.Tensor
     following: torch.Tensor
+
+    def where(
+        self,
+        kept: torch.Tensor,  # [positions], bool
+    ) -> Positions:
+        """Return some of the positions."""
+        kept = kept.to(self.hidden.device)
+        return Positions(self.hidden[kept], self.roots[kept], self.following[kept])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Positions]) -> Positions:
+        """Return all of the positions."""
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,6 @@ def draft_reliability(served: ServedHeads, tree: DynamicTree | BeamTree, positio
     score, right, depth = torch.cat(scores), torch.cat(accepted), torch.cat(depths)
     return DraftReliability(
         depths=tuple(Reliability.of(score[depth == d], right[depth == d]) for d in range(1, tree.depth + 1)),
-        predicted_length=1 + score.sum(dim=1).mean().item(),
-        acceptance_length=1 + right.sum(dim=1).double().mean().item(),
+        predicted_length=1 + score.sum().item() / max(len(score), 1),
+        acceptance_length=1 + right.sum().item() / max(len(score), 1),
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The temperature under which a head's probabilities are those of what the target says (Guo et al., arXiv 1706.04599).
 
-It is the one of maximum likelihood: the mean of ``logsumexp(z / T) - z_label / T`` is least. The sums are taken at the
+It is the one of maximum likelihood: the mean of ``logsumexp(z / T) - z_label / T`` is least. Losses are taken at the
 temperatures of a grid while the texts pass by, so no logits are kept; a parabola through the best three gives the rest.
 """
 
@@ -18,23 +18,25 @@ CHUNK = 256
 """Positions whose logits are divided at a time."""
 
 
-def losses(
+def losses_by_temperature(
     logits: torch.Tensor,  # [positions, rows], float32
     labels: torch.Tensor,  # [positions], int64
 ) -> torch.Tensor:
-    """Return ``[temperatures]``, float64: the sums of the cross-entropies at the temperatures of the grid."""
-    summed = torch.zeros(len(GRID), dtype=torch.float64)
-    for part, of_part in zip(logits.split(CHUNK), labels.split(CHUNK), strict=True):
-        right = part.gather(1, of_part[:, None])[:, 0]
+    """Return ``[positions, temperatures]``, float32: the cross-entropies at the temperatures of the grid."""
+    found = torch.empty(len(labels), len(GRID), device=logits.device)
+    for start in range(0, len(labels), CHUNK):
+        part = logits[start : start + CHUNK]
+        right = part.gather(1, labels[start : start + CHUNK, None])[:, 0]
         for index, inverse in enumerate(GRID.reciprocal().tolist()):
-            summed[index] += ((part * inverse).logsumexp(dim=-1) - right * inverse).sum(dtype=torch.float64).cpu()
-    return summed
+            found[start : start + CHUNK, index] = (part * inverse).logsumexp(dim=-1) - right * inverse
+    return found
 
 
 def best_temperature(
-    of_grid: torch.Tensor,  # [temperatures], float64
+    of_positions: torch.Tensor,  # [positions, temperatures], float32
 ) -> float:
-    """Return the temperature with the least loss."""
+    """Return the temperature with the least loss on average."""
+    of_grid = of_positions.double().mean(dim=0)
     best = int(of_grid.argmin())
     if not 0 < best < len(GRID) - 1:
         return float(GRID[best])

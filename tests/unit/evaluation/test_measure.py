@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.toy.tokenizer import EOS_ID
-from tests.unit.evaluated import HEADS, HIDDEN, VOCAB, write_random_heads, write_target
+from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
 from tests.unit.published import write_original
-from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.distillation.continuation import continue_prompts
 from vllm_medusa.evaluation.measure import JUDGED_NODES, evaluate_heads, load_heads
-from vllm_medusa.evaluation.temperatures import best_temperature, losses
 from vllm_medusa.training.heads import TrainableHeads
 
 RANKS = 4
@@ -82,65 +79,6 @@ def test_accuracies_are_shares_of_the_positions_that_have_a_label(
     assert all(accuracy > 0 for accuracy in found.accuracies[0])
 
 
-def said_by(target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample]) -> list[Sample]:
-    """Change the texts' labels so that at some positions all heads are right, at ranks 0, 1, 2."""
-    for sample in samples[1:]:
-        with torch.no_grad():
-            hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
-        at = len(sample) - 2 - HEADS
-        for head in range(HEADS):
-            rank = (head + len(sample)) % 3
-            sample.labels[at + 2 + head] = heads.logits(head, hidden[at]).topk(RANKS).indices[rank].item()
-    return samples
-
-
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_paths_are_shares_of_the_positions_where_labels_follow_for_all_heads(
-    target: LlamaForCausalLM, heads: TrainableHeads, batch_size: int
-) -> None:
-    samples = said_by(target, heads, random_samples())
-    found = evaluate_heads(target, heads, samples, RANKS, batch_size, show_progress=False)
-    counts: Counter[tuple[int, ...]] = Counter()
-    positions = 0
-    for sample in samples:
-        with torch.no_grad():
-            hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
-        for t in range(len(sample) - 1 - HEADS):
-            labels = sample.labels[t + 2 : t + 2 + HEADS]
-            if IGNORED in labels:
-                continue
-            positions += 1
-            path: tuple[int, ...] = ()
-            for head, label in enumerate(labels):
-                best = heads.logits(head, hidden[t]).topk(RANKS).indices.tolist()
-                if label not in best:
-                    break
-                path = (*path, best.index(label))
-                counts[path] += 1
-    expected = {path: count / positions for path, count in counts.items()}
-    assert found.paths.accuracies == pytest.approx(expected)
-    assert max(map(len, expected)) == HEADS
-
-
-def test_a_sequential_heads_rank_is_that_below_the_true_path(target: LlamaForCausalLM, tmp_path: Path) -> None:
-    """So paths that are right are those that the served tree would accept."""
-    spec = HeadsSpec(HIDDEN, VOCAB, HEADS, path_rank=4)
-    heads = TrainableHeads(spec, target.lm_head.weight, embedding=target.get_input_embeddings().weight)
-    torch.manual_seed(3)
-    for parameter in heads.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    sample = random_samples()[-1]
-    length = len(sample)
-    with torch.no_grad():
-        hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
-        at = length - 2 - HEADS
-        for head in range(HEADS):
-            path = torch.tensor([sample.input_ids[at + 1 : at + 2 + head]])
-            sample.labels[at + 2 + head] = heads.logits(head, hidden[at : at + 1], path).topk(2).indices[0, 1].item()
-    found = evaluate_heads(target, heads, [sample], RANKS, show_progress=False)
-    assert found.paths.accuracies[1, 1, 1] >= 1 / length
-
-
 def drawn_by_the_first_head(target: LlamaForCausalLM, heads: TrainableHeads) -> list[Sample]:
     """Return texts whose labels the first head has drawn at a temperature of 1.5."""
     samples, generator = random_samples(12), torch.Generator().manual_seed(0)
@@ -152,22 +90,11 @@ def drawn_by_the_first_head(target: LlamaForCausalLM, heads: TrainableHeads) -> 
     return samples
 
 
-def test_temperatures_are_those_at_which_labels_are_most_likely(
-    target: LlamaForCausalLM, heads: TrainableHeads
-) -> None:
-    samples = drawn_by_the_first_head(target, heads)
-    found = evaluate_heads(target, heads, samples, RANKS, show_progress=False)
+def test_the_temperature_at_which_the_target_speaks_is_found(target: LlamaForCausalLM, heads: TrainableHeads) -> None:
+    found = evaluate_heads(target, heads, drawn_by_the_first_head(target, heads), RANKS, show_progress=False)
     assert found.temperatures[0] == pytest.approx(1.5, rel=0.15)
-    for head, temperature in enumerate(found.temperatures):
-        logits, labels = [], []
-        for sample in samples:
-            with torch.no_grad():
-                hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
-                logits.append(heads.logits(head, hidden[: -head - 2]))
-            labels.append(torch.tensor(sample.labels[head + 2 :]))
-        stacked, known = torch.cat(logits), torch.cat(labels)
-        expected = best_temperature(losses(stacked[known != IGNORED], known[known != IGNORED]))
-        assert temperature == pytest.approx(expected, rel=1e-4)
+    before, after = (drafts.depths[0].calibration_error for drafts in (found.before, found.after))
+    assert after < before
 
 
 def test_probabilities_are_read_as_the_served_heads_scale_their_logits(
@@ -181,15 +108,17 @@ def test_probabilities_are_read_as_the_served_heads_scale_their_logits(
     assert scaled.temperatures[0] == pytest.approx(plain.temperatures[0] / 2, rel=0.02)
 
 
-def test_as_many_positions_are_judged_as_there_are_up_to_a_limit(
-    target: LlamaForCausalLM, heads: TrainableHeads, monkeypatch: pytest.MonkeyPatch
+def test_paths_and_scores_are_of_the_positions_where_steps_begin(
+    target: LlamaForCausalLM, heads: TrainableHeads
 ) -> None:
-    complete = sum(len(sample) - 3 - HEADS + 1 for sample in random_samples())
-    for most in (1000, 7):
-        monkeypatch.setattr("vllm_medusa.evaluation.measure.MOST_POSITIONS", most)
-        found = evaluate_heads(target, heads, random_samples(), RANKS, show_progress=False)
-        nodes = sum(of_depth.nodes for of_depth in found.after.depths)
-        assert nodes == JUDGED_NODES * min(most, complete)
+    samples = drawn_by_the_first_head(target, heads)
+    found = evaluate_heads(target, heads, samples, RANKS, show_progress=False)
+    everywhere = sum(len(sample) - 3 - HEADS + 1 for sample in samples)
+    assert 0 < found.steps < everywhere
+    assert sum(of_depth.nodes for of_depth in found.after.depths) == JUDGED_NODES * found.steps
+    right_at_first = sum(share for path, share in found.paths.accuracies.items() if len(path) == 1)
+    assert right_at_first * found.steps == pytest.approx(round(right_at_first * found.steps))
+    assert 0 < right_at_first < sum(found.accuracies[0])  # Steps pass over what heads know.
 
 
 def test_texts_without_enough_tokens_of_the_target_in_a_row_are_refused(

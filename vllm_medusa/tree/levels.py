@@ -34,7 +34,7 @@ class LevelHeads(Protocol):
         """Return the nodes' most probable children, ``[num_reqs, nodes, top_k]``, int64, best first."""
 
     def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the children as ``top_tokens`` does, and before them their log-probabilities given the path, float32."""
+        """Return ``top_tokens``, and before them their log-probabilities given the path, float32."""
 
 
 @dataclass(frozen=True, eq=False)

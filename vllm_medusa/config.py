@@ -16,6 +16,7 @@ from vllm_medusa.acceptance.contract import Acceptance
 from vllm_medusa.acceptance.exact import Exact
 from vllm_medusa.acceptance.typical import Typical
 from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
+from vllm_medusa.checkpoint.entries import paths_of
 from vllm_medusa.checkpoint.hub import require_name
 from vllm_medusa.checkpoint.served import check_directory
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER, WORKERS
@@ -229,6 +230,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             num_heads=heads.num_heads,
             vocab_size=heads.truncated_vocab_size or heads.vocab_size,
             accuracies=heads.medusa_accuracies,
+            path_accuracies=paths_of(heads.medusa_path_accuracies or {}),
             num_nodes=self.num_speculative_tokens,
             default_num_nodes=DEFAULT_NUM_NODES[platform],
             top_k=self.medusa_top_k,

@@ -31,7 +31,8 @@ from tests.under_test import UNDER_TEST, on
 from vllm_medusa.attention.cpu.fused import FusedTrees
 from vllm_medusa.attention.cpu.padded import PaddedTrees
 from vllm_medusa.attention.cpu.tree_pass import TreePass
-from vllm_medusa.tree.static import best_first, cartesian, chain, from_choices
+from vllm_medusa.tree.best_first import IndependentHeads, best_first
+from vllm_medusa.tree.static import cartesian, chain, from_choices
 
 PROMPTS, TOKENS, MOST = on(v1=(200, 128, 16), v2=(4, 14, 3), triton=(2, 6, 2))
 TREES = on(v1=("chain", "cartesian", "explicit"), v2=("chain", "explicit"))
@@ -53,7 +54,7 @@ def trees(tiny_heads: Path) -> dict[str, Tree]:
     return {
         "chain": "chain",
         "cartesian": [3, 2, 2],
-        "explicit": best_first(torch.tensor(accuracies), 63).choices,
+        "explicit": best_first(IndependentHeads(torch.tensor(accuracies)), 63).choices,
     }
 
 

@@ -27,7 +27,7 @@ from tests.integration.engines import (
     spec_counters,
 )
 from tests.under_test import UNDER_TEST, on
-from vllm_medusa.tree.static import best_first
+from vllm_medusa.tree.best_first import IndependentHeads, best_first
 
 TOKENS, MOST, NODES, PROMPTS = on(v1=(48, 16, 31, 4), v2=(16, 11, 9, 1))
 COMMON = list(range(3, on(v1=300, v2=130)))
@@ -134,7 +134,7 @@ def collect(names: Sequence[str], outputs: Sequence[RequestOutput]) -> dict[str,
 @pytest.fixture(scope="module")
 def tree(tiny_heads: Path) -> list[list[int]]:
     accuracies = json.loads((tiny_heads / "config.json").read_text())["medusa_accuracies"]
-    return best_first(torch.tensor(accuracies), NODES).choices
+    return best_first(IndependentHeads(torch.tensor(accuracies)), NODES).choices
 
 
 @pytest.fixture(scope="module")

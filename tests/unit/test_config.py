@@ -110,6 +110,16 @@ def test_a_sparse_tree_grows_from_the_checkpoints_accuracies(models: Models) -> 
     assert models.medusa({**options, "medusa_top_k": 2}).tree.choices == [[0], [1], [0, 0], [1, 0]]
 
 
+def test_a_sparse_tree_grows_from_the_checkpoints_paths_where_there_are_enough(models: Models) -> None:
+    accuracies = [[0.4, 0.35, 0.2], [0.1, 0.05, 0.01], [0.1, 0.0, 0.0], [0.1, 0.0, 0.0]]
+    paths = {"0": 0.4, "0,0": 0.3, "1": 0.35, "0,0,0": 0.25, "1,2": 0.1}
+    options = {"model": models.heads(medusa_accuracies=accuracies, medusa_path_accuracies=paths)}
+    assert models.medusa({**options, "num_speculative_tokens": 4}).tree.choices == [[0], [1], [0, 0], [0, 0, 0]]
+    assert models.medusa({**options, "num_speculative_tokens": 6}).tree.choices[:4] == [[0], [1], [2], [0, 0]]
+    narrow = {**options, "num_speculative_tokens": 4, "medusa_top_k": 2}
+    assert models.medusa(narrow).tree.choices == [[0], [1], [0, 0], [0, 0, 0]]
+
+
 @pytest.mark.parametrize("form", ["option", "file", "checkpoint"])
 def test_a_dynamic_tree_has_the_nodes_asked_for_and_the_least_probability_that_the_engine_gives(
     models: Models, tmp_path: Path, form: str

@@ -28,6 +28,10 @@ class MedusaHeadsConfig(PretrainedConfig):
         logit_scale: factor on the heads' logits.
         medusa_tree: the best tree for these heads, in the form of the option ``medusa_tree``; None if not calibrated.
         medusa_accuracies: ``[heads][ranks]``, held-out accuracies; sparse trees are grown from them.
+        medusa_path_accuracies: the share of held-out positions at which all of a path's ranks are right, by paths such
+            as "0,2"; sparse trees are grown from these where there are enough.
+        medusa_temperatures: one for each head, by which its logits are divided where its probabilities are read; None
+            leaves them as they are.
 
     """
 
@@ -45,6 +49,8 @@ class MedusaHeadsConfig(PretrainedConfig):
         logit_scale: float = 1.0,
         medusa_tree: str | list[Any] | None = None,
         medusa_accuracies: list[list[float]] | None = None,
+        medusa_path_accuracies: dict[str, float] | None = None,
+        medusa_temperatures: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_heads = num_heads
@@ -57,6 +63,8 @@ class MedusaHeadsConfig(PretrainedConfig):
         self.logit_scale = logit_scale
         self.medusa_tree = medusa_tree
         self.medusa_accuracies = medusa_accuracies
+        self.medusa_path_accuracies = medusa_path_accuracies
+        self.medusa_temperatures = medusa_temperatures
         # vLLM reads attention sizes and a maximum length from every model's config; Medusa heads have neither.
         self.num_attention_heads = 0
         self.num_key_value_heads = 0

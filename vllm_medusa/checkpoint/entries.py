@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from vllm_medusa.files import read_json
 from vllm_medusa.messages import shortened
@@ -22,6 +22,10 @@ MOST_HEADS = 64
 MOST_LAYERS = 64
 MOST_TOKENS = 2**24
 MOST_WIDTH = 2**20
+MOST_TEMPERATURE = 100
+
+PathName = Annotated[str, Field(pattern=r"^[0-9]{1,4}(,[0-9]{1,4})*$")]
+"""Ranks from the root down, such as ``"0,2"``."""
 
 
 class _Entries(BaseModel):
@@ -46,7 +50,43 @@ class _Entries(BaseModel):
     medusa_accuracies: list[Any] | None = Field(
         None, description="a list of each head's accuracies, calibrate the heads again"
     )
+    medusa_path_accuracies: dict[PathName, Annotated[float, Field(ge=0, le=1)]] | None = Field(
+        None,
+        description='shares of paths such as {"0": 0.5, "0,2": 0.1}, each after its parent\'s and no larger, '
+        "calibrate the heads again",
+    )
+    medusa_temperatures: list[Annotated[float, Field(gt=0, le=MOST_TEMPERATURE)]] | None = Field(
+        None, description=f"one number above 0, at most {MOST_TEMPERATURE}, for each head, calibrate the heads again"
+    )
     quantization_config: None = Field(None, description="left out: heads are served in the target's dtype, unquantised")
+
+    @field_validator("medusa_temperatures")
+    @classmethod
+    def _one_for_each_head(cls, temperatures: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        heads = info.data.get("num_heads")
+        if temperatures is not None and heads is not None and len(temperatures) != heads:
+            raise ValueError("not one for each head")
+        return temperatures
+
+    @field_validator("medusa_path_accuracies")
+    @classmethod
+    def _after_its_parents(cls, accuracies: dict[str, float] | None) -> dict[str, float] | None:
+        known: dict[tuple[int, ...], float] = {(): 1.0}
+        for path, share in paths_of(accuracies or {}).items():
+            if share > known.get(path[:-1], -1.0):
+                raise ValueError("not after its parent's, or larger")
+            known[path] = share
+        return accuracies
+
+
+def paths_of(accuracies: Mapping[str, float]) -> dict[tuple[int, ...], float]:
+    """Read the keys of ``medusa_path_accuracies``."""
+    return {tuple(map(int, name.split(","))): share for name, share in accuracies.items()}
+
+
+def path_name(path: Iterable[int]) -> str:
+    """Return the key of a path in ``medusa_path_accuracies``."""
+    return ",".join(map(str, path))
 
 
 def check_entries(stored: Any, where: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Nodes of the tree to write. Default: num_speculative_tokens at serving.")
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Write tree and accuracies into the heads' config.json.")
+        bool, typer.Option("--write", help="Write tree, accuracies and temperatures into the heads' config.json.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG file for the plot.")] = None,
@@ -56,13 +56,16 @@ def evaluate(
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from vllm_medusa.checkpoint.entries import read_entries
         from vllm_medusa.checkpoint.format import CONFIG_FILE
         from vllm_medusa.checkpoint.hub import local_directory
         from vllm_medusa.evaluation.calibration import Calibration, write_calibration
         from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
-        from vllm_medusa.evaluation.report import TREE_SIZES, draw, print_tables, write_results
+        from vllm_medusa.evaluation.plots import draw
+        from vllm_medusa.evaluation.report import TREE_SIZES, print_tables, write_results
         from vllm_medusa.evaluation.text import Sources, held_out_samples
-        from vllm_medusa.tree.static import MAX_NODES, available_nodes
+        from vllm_medusa.tree.best_first import available_nodes
+        from vllm_medusa.tree.static import MAX_NODES
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -80,8 +83,10 @@ def evaluate(
                 f"{num_heads} heads and --ranks {ranks} give trees of up to {most} nodes, got --nodes {nodes}"
             )
         samples = held_out_samples(target, tokenizer, sources, batch_size)
-        evaluation = evaluate_heads(target, loaded_heads, samples, ranks, batch_size)
-        calibration = Calibration.of(evaluation.accuracies, max(nodes or 0, *TREE_SIZES))
+        scale = read_entries(heads / CONFIG_FILE).get("logit_scale", 1.0)
+        evaluation = evaluate_heads(target, loaded_heads, samples, ranks, batch_size, logit_scale=scale)
+        grown = max(nodes or 0, *TREE_SIZES)
+        calibration = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, grown)
         print_tables(evaluation, calibration, Console())
         if output is not None:
             details = {"model": model, "heads": str(heads), "texts": len(samples)}
@@ -91,7 +96,8 @@ def evaluate(
         if write:
             write_calibration(heads, calibration, nodes)
             tree = "of num_speculative_tokens nodes" if nodes is None else f"of {nodes} nodes"
-            typer.echo(f"{heads}: wrote medusa_accuracies, and as medusa_tree the best tree {tree}")
+            *others, last = (name for name in calibration.entries(nodes) if name != "medusa_tree")
+            typer.echo(f"{heads}: wrote {', '.join(others)} and {last}, and as medusa_tree the best tree {tree}")
 
 
 def _check_outputs(output: Path | None, plot: Path | None, config: Path | None) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grow trees from the heads' accuracies, and write both into the heads' checkpoint for serving."""
+"""Grow trees from what was measured of the heads, and write it into the heads' checkpoint for serving."""
 
 from __future__ import annotations
 
@@ -11,38 +11,54 @@ from typing import Any
 
 import torch
 
+from vllm_medusa.checkpoint.entries import path_name
 from vllm_medusa.checkpoint.format import CONFIG_FILE
 from vllm_medusa.files import read_json, write_json
-from vllm_medusa.tree.static import (
-    MAX_NODES,
-    StaticTree,
-    available_nodes,
+from vllm_medusa.tree.best_first import (
+    IndependentHeads,
+    JointPaths,
+    PathAccuracies,
     best_first,
-    chain,
     expected_acceptance_length,
     path_probabilities,
 )
+from vllm_medusa.tree.static import MAX_NODES, StaticTree, chain
+
+MOST_PATHS = 256
+"""Paths whose shares are written; a larger tree grows from the accuracies of each head."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The best trees for given accuracies.
+    """The best trees for what was measured.
 
     Attributes:
         accuracies: ``[heads, ranks]``, float32: the probability that a head's token of a rank is the target's.
+        paths: how often paths are right as a whole; None if the text shows too few of them to grow trees from.
+        temperatures: ``[heads]``: by which logits are divided where scores are read.
         largest: the largest tree; its prefixes are the best smaller trees.
 
     """
 
     accuracies: torch.Tensor
+    paths: JointPaths | None
+    temperatures: Sequence[float]
     largest: StaticTree
 
     @classmethod
-    def of(cls, accuracies: Sequence[Sequence[float]], nodes: int) -> Calibration:
+    def of(
+        cls, accuracies: Sequence[Sequence[float]], paths: JointPaths, temperatures: Sequence[float], nodes: int
+    ) -> Calibration:
         """Grow the best tree of ``nodes`` nodes, or of fewer if the accuracies do not give so many."""
-        table = torch.tensor(accuracies)
-        available = min(MAX_NODES, available_nodes(*table.shape))
-        return cls(table, best_first(table, min(nodes, available)))
+        independent = IndependentHeads(torch.tensor(accuracies))
+        nodes = min(nodes, MAX_NODES, independent.available)
+        joint = paths if paths.available >= nodes else None
+        return cls(independent.accuracies, joint, temperatures, best_first(joint or independent, nodes))
+
+    @property
+    def source(self) -> PathAccuracies:
+        """What trees are grown from."""
+        return self.paths or IndependentHeads(self.accuracies)
 
     def tree(self, nodes: int) -> StaticTree:
         """Return the best tree of ``nodes`` nodes; raises ``ValueError`` if the largest tree has fewer."""
@@ -56,20 +72,33 @@ class Calibration:
     @property
     def expected_lengths(self) -> list[float]:
         """The expected acceptance length of the best tree of 1, 2, ... nodes."""
-        return list(accumulate(path_probabilities(self.largest, self.accuracies), initial=1.0))[1:]
+        return list(accumulate(path_probabilities(self.largest, self.source), initial=1.0))[1:]
 
     @property
     def expected_length_of_chain(self) -> float:
         """The expected acceptance length of the chain, which has each head's most probable token."""
-        return expected_acceptance_length(chain(len(self.accuracies)), self.accuracies)
+        return expected_acceptance_length(chain(len(self.accuracies)), self.source)
+
+    def entries(self, nodes: int | None) -> dict[str, Any]:
+        """Return the entries of ``config.json``; see ``write_calibration``."""
+        entries: dict[str, Any] = {
+            "medusa_tree": "sparse" if nodes is None else self.tree(nodes).choices,
+            "medusa_accuracies": self.accuracies.tolist(),
+            "medusa_temperatures": list(self.temperatures),
+        }
+        if self.paths is not None:
+            frequent = best_first(self.paths, min(MOST_PATHS, self.paths.available))
+            shares = zip(map(path_name, frequent.choices), path_probabilities(frequent, self.paths), strict=True)
+            entries["medusa_path_accuracies"] = dict(shares)
+        return entries
 
 
 def write_calibration(directory: Path, calibration: Calibration, nodes: int | None) -> None:
-    """Write accuracies and tree into the heads' ``config.json``, atomically.
+    """Write accuracies, temperatures and tree into the heads' ``config.json``, atomically.
 
     Args:
         directory: the heads' checkpoint.
-        calibration: the accuracies and trees.
+        calibration: what was measured.
         nodes: the size of the tree that is served by default. With None, vLLM grows a tree of
             ``num_speculative_tokens`` nodes from the accuracies.
 
@@ -78,8 +107,7 @@ def write_calibration(directory: Path, calibration: Calibration, nodes: int | No
         OSError: the file cannot be written.
 
     """
-    tree: str | list[list[int]] = "sparse" if nodes is None else calibration.tree(nodes).choices
     path = directory / CONFIG_FILE
     config: dict[str, Any] = read_json(path)
-    config |= {"medusa_tree": tree, "medusa_accuracies": calibration.accuracies.tolist()}
-    write_json(path, config)
+    config.pop("medusa_path_accuracies", None)  # Of another measurement.
+    write_json(path, config | calibration.entries(nodes))

@@ -1,39 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the heads' accuracies on the target's own text; trees are grown from them (paper, section 2.3.3)."""
+"""Measure heads on the target's own text: accuracies, from which trees are grown (paper, section 2.3.3), temperatures,
+and whether scores are what they say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_medusa.checkpoint.format import read_spec, read_state
+from vllm_medusa.checkpoint.format import HeadsSpec, read_spec, read_state
 from vllm_medusa.checkpoint.target import check_sizes
 from vllm_medusa.data.packing import IGNORED, Sample
-from vllm_medusa.progress import progress
-from vllm_medusa.training.accuracy import score_heads
+from vllm_medusa.evaluation.paths import count_paths
+from vllm_medusa.evaluation.reading import read_texts
+from vllm_medusa.evaluation.reliability import DraftReliability, Positions, draft_reliability
+from vllm_medusa.evaluation.served import ServedHeads
+from vllm_medusa.evaluation.temperatures import best_temperature
+from vllm_medusa.evaluation.walk import visited
 from vllm_medusa.training.heads import TrainableHeads
-from vllm_medusa.training.hidden import embedding_of, final_hidden_states, lm_head_of
+from vllm_medusa.training.hidden import embedding_of, lm_head_of
+from vllm_medusa.tree.beam import BeamTree
+from vllm_medusa.tree.best_first import JointPaths, available_nodes, best_first
+from vllm_medusa.tree.dynamic import DynamicTree
+from vllm_medusa.tree.options import DYNAMIC_BEAM, DYNAMIC_TOP_K
+from vllm_medusa.tree.static import chain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
+JUDGED_NODES = 31
+"""Nodes of the dynamic trees whose scores are judged: as many as on a GPU by default."""
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The measured accuracies.
+    """What was measured.
 
     Attributes:
         accuracies: ``[heads][ranks]``: the share of positions whose label is the head's token of exactly that rank.
         positions: ``[heads]``: the number of positions that have a label.
+        steps: the number of positions where steps begin (see ``walk``); all that follows is of these.
+        paths: how often paths are right as a whole.
+        temperatures: ``[heads]``: those that fit best.
+        before: dynamic trees at temperature 1.
+        after: dynamic trees at ``temperatures``.
 
     """
 
     accuracies: list[list[float]]
     positions: list[int]
+    steps: int
+    paths: JointPaths
+    temperatures: list[float]
+    before: DraftReliability
+    after: DraftReliability
 
     @property
     def top_k(self) -> list[list[float]]:
@@ -71,6 +95,7 @@ def evaluate_heads(
     ranks: int = 10,
     batch_size: int = 8,
     show_progress: bool = True,
+    logit_scale: float = 1.0,
 ) -> Evaluation:
     """Measure heads on texts; no text attends to another.
 
@@ -81,41 +106,51 @@ def evaluate_heads(
         ranks: how many of each head's most probable tokens are counted.
         batch_size: texts per batch.
         show_progress: whether to show progress.
+        logit_scale: the entry of the heads' ``config.json``.
 
     Raises:
-        ValueError: all texts are too short for a head.
+        ValueError: all texts are too short for a head, or the target does to its logits what is not known.
 
     """
-    hits = torch.zeros(heads.spec.num_heads, ranks, dtype=torch.int64)
-    positions = torch.zeros(heads.spec.num_heads, dtype=torch.int64)
-    batches = list(_batches(samples, batch_size))
-    with progress("Heads' accuracy, batches", len(batches), show_progress) as shown:
-        for tokens, labels in batches:
-            hidden = final_hidden_states(target, tokens.to(target.device))
-            scores = score_heads(heads, hidden, labels.to(hidden.device), ranks, tokens.to(hidden.device))
-            hits += scores.hits.sum(dim=0).cpu()
-            positions += scores.positions.sum(dim=0).cpu()
-            shown.advance(tokens=tokens.numel())
-    if not positions.all():
-        head = int((positions == 0).nonzero()[0]) + 1
+    served = ServedHeads.of(target, heads, logit_scale)
+    texts = read_texts(target, served, samples, ranks, batch_size, show_progress)
+    found = torch.cat([text.ranks for text in texts])
+    labelled = (found != IGNORED).sum(dim=0)
+    if not labelled.all():
+        head = int((labelled == 0).nonzero()[0]) + 1
         raise ValueError(
             f"head {head} has nothing to predict in {len(samples)} texts: it predicts {head + 1} tokens ahead; "
             "give longer texts"
         )
-    return Evaluation((hits / positions[:, None]).tolist(), positions.tolist())
+    complete = found[(found != IGNORED).all(dim=1)]
+    if not len(complete):
+        raise ValueError(
+            f"no {heads.spec.num_heads} tokens in a row were written by the target in {len(samples)} texts; "
+            "give longer texts"
+        )
+    everywhere = count_paths(complete, ranks)
+    reference = best_first(everywhere, min(JUDGED_NODES, everywhere.available)) if everywhere.available else chain(1)
+    steps = [(text, visited(text.ranks, reference)) for text in texts]
+    losses = torch.cat([text.losses[begins] for text, begins in steps])
+    temperatures = [best_temperature(losses[:, head]) for head in range(heads.spec.num_heads)]
+    judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps])
+    tree = _dynamic_tree(heads.spec)
+    hits = torch.stack([(found == rank).sum(dim=0) for rank in range(ranks)], dim=1)
+    return Evaluation(
+        accuracies=(hits / labelled[:, None]).tolist(),
+        positions=labelled.tolist(),
+        steps=len(losses),
+        paths=count_paths(torch.cat([text.ranks[begins] for text, begins in steps]), ranks),
+        temperatures=temperatures,
+        before=draft_reliability(served, tree, judged),
+        after=draft_reliability(served.at(temperatures), tree, judged),
+    )
 
 
-def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield tokens and labels, ``[batch, length]``, int64, of texts of similar length.
-
-    Padding is at the end of a row: no token attends to it, and it has no labels.
-    """
-    by_length = sorted(samples, key=len)
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
-        tokens = torch.zeros(len(batch), len(batch[-1]), dtype=torch.int64)
-        labels = torch.full_like(tokens, IGNORED)
-        for row, sample in enumerate(batch):
-            tokens[row, : len(sample)] = torch.tensor(sample.input_ids)
-            labels[row, : len(sample)] = torch.tensor(sample.labels)
-        yield tokens, labels
+def _dynamic_tree(spec: HeadsSpec) -> DynamicTree | BeamTree:
+    """Return the tree that a GPU verifies by default, or a smaller one for few heads."""
+    top_k = min(DYNAMIC_TOP_K, spec.lm_head_rows)
+    nodes = min(JUDGED_NODES, available_nodes(spec.num_heads, top_k))
+    if spec.path_rank is not None:
+        return BeamTree(spec.num_heads, nodes, top_k, DYNAMIC_BEAM, 0.0)
+    return DynamicTree(spec.num_heads, nodes, top_k, 0.0)

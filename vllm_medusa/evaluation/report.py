@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show an evaluation as tables, a JSON file, and a plot."""
+"""Show an evaluation as tables and as a JSON file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.table import Table
 
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import Evaluation
-from vllm_medusa.files import replaced_file, write_json
+from vllm_medusa.evaluation.reliability import DraftReliability
+from vllm_medusa.files import write_json
 
 SHOWN_RANKS = (1, 2, 3, 5, 10)
 """The ranks in the table of accuracies."""
@@ -31,7 +32,7 @@ class _TreeRow:
 
 
 def print_tables(evaluation: Evaluation, calibration: Calibration, console: Console) -> None:
-    """Print each head's accuracies, and the expected tokens per step with the chain and with the best trees."""
+    """Print each head's accuracies, the expected tokens per step of the chain and of the best trees, and the scores."""
     ranks = [rank for rank in SHOWN_RANKS if rank <= len(evaluation.accuracies[0])]
     accuracies = Table(title="Right token among a head's first")
     for column in ("head", *map(str, ranks), "positions"):
@@ -45,51 +46,48 @@ def print_tables(evaluation: Evaluation, calibration: Calibration, console: Cons
     for tree in _trees(calibration):
         lengths.add_row(tree.kind, str(tree.nodes), str(tree.depth), f"{tree.tokens_per_step:.2f}")
     console.print(lengths)
+    console.print(_scores(evaluation))
+    for when, drafts in (("without", evaluation.before), ("with", evaluation.after)):
+        console.print(
+            f"Dynamic trees {when} temperatures: {drafts.acceptance_length:.2f} tokens/step, of which their scores say "
+            f"{drafts.predicted_length:.2f}."
+        )
+
+
+def _scores(evaluation: Evaluation) -> Table:
+    """Compare what scores say with what is accepted, depth by depth, before and after."""
+    table = Table(title="Scores of the nodes of dynamic trees, without and with temperatures")
+    for column in ("depth", "T", *("score", "accepted", "error") * 2):
+        table.add_column(column, justify="right")
+    depths = zip(evaluation.temperatures, evaluation.before.depths, evaluation.after.depths, strict=False)
+    for depth, (temperature, *both) in enumerate(depths, start=1):
+        columns = (figure for each in both for figure in (each.score, each.accepted, each.calibration_error))
+        table.add_row(str(depth), f"{temperature:.2f}", *(f"{figure:.4f}" for figure in columns))
+    return table
 
 
 def write_results(path: Path, evaluation: Evaluation, calibration: Calibration, details: Mapping[str, Any]) -> None:
-    """Write the results as JSON, with ``medusa_accuracies`` as in the heads' ``config.json``, and ``details``."""
+    """Write the results as JSON, with the entries of the heads' ``config.json``, and ``details``."""
     results = {
         **details,
         "positions": evaluation.positions,
         "top_k": evaluation.top_k,
-        "medusa_accuracies": evaluation.accuracies,
+        **{name: value for name, value in calibration.entries(None).items() if name != "medusa_tree"},
         "expected_acceptance_length": list(map(asdict, _trees(calibration))),
+        "scores": {"before": _figures(evaluation.before), "after": _figures(evaluation.after)},
     }
     write_json(path, results)
 
 
-def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
-    """Plot accuracy by head and rank, and the expected acceptance length by nodes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for head, top_k in enumerate(evaluation.top_k, start=1):
-        left.plot(range(1, len(top_k) + 1), top_k, marker="o", markersize=3, label=f"head {head}")
-    left.set(xlabel="first tokens of a head", ylabel="right token among them", ylim=(0, 1))
-    left.legend()
-    lengths = calibration.expected_lengths
-    right.plot(range(1, len(lengths) + 1), lengths, label="best tree")
-    right.plot(
-        len(calibration.accuracies),
-        calibration.expected_length_of_chain,
-        "o",
-        color="#9aa5b1",
-        label="chain of all heads",
-    )
-    right.set(xlabel="nodes", ylabel="expected tokens per step", xscale="log", ylim=(1, None))
-    ticks = [nodes for nodes in (1, 2, *TREE_SIZES) if nodes <= len(lengths)]
-    right.set_xticks(ticks, list(map(str, ticks)))
-    right.minorticks_off()
-    right.legend()
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    with replaced_file(path, "wb") as stream:
-        figure.savefig(stream, dpi=150, format="png")
-    pyplot.close(figure)
+def _figures(drafts: DraftReliability) -> dict[str, Any]:
+    depths = [
+        {"expected_calibration_error": of_depth.calibration_error, **asdict(of_depth)} for of_depth in drafts.depths
+    ]
+    return {
+        "predicted_length": drafts.predicted_length,
+        "acceptance_length": drafts.acceptance_length,
+        "depths": depths,
+    }
 
 
 def _trees(calibration: Calibration) -> Iterator[_TreeRow]:

@@ -18,7 +18,7 @@ from vllm_medusa.checkpoint.config import MedusaHeadsConfig
 from vllm_medusa.checkpoint.format import check_dtype, dtype_name, path_shapes
 from vllm_medusa.checkpoint.published import HeadTensor
 from vllm_medusa.messages import some_of
-from vllm_medusa.model.lm_heads import OwnLMHeads, TargetLMHead
+from vllm_medusa.model.lm_heads import CalibratedLMHead, OwnLMHeads, TargetLMHead
 from vllm_medusa.model.paths import PathHeads, PathTerms
 from vllm_medusa.tree.options import Tree
 
@@ -118,6 +118,10 @@ class MedusaHeads(nn.Module):
             self.paths = PathTerms(
                 self.num_heads, config.hidden_size, config.sequential_path_rank, maybe_prefix(prefix, "paths")
             )
+        self._inverse_temperatures: torch.Tensor | None = None
+        if config.medusa_temperatures is not None:
+            temperatures = config.medusa_temperatures[: self.num_heads]
+            self._inverse_temperatures = torch.tensor(temperatures, dtype=torch.float32).reciprocal()
         # Drafts need no finer logits than the model's dtype gives, whatever the target's own head is asked for.
         self.logits_processor.head_dtype = None
         self.token_map: torch.Tensor | None = None
@@ -159,7 +163,7 @@ class MedusaHeads(nn.Module):
         hidden: torch.Tensor,  # [requests, hidden_size]
         top_k: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens as ``top_tokens`` does, and before them their log-probabilities, float32."""
+        """Return the tokens as ``top_tokens`` does, and before them their log-probabilities, float32, calibrated."""
         return self._top(hidden, top_k, return_log_probs=True)
 
     def by_level(
@@ -182,6 +186,8 @@ class MedusaHeads(nn.Module):
         lm_head = self._lm_head
         if isinstance(lm_head, OwnLMHeads):
             lm_head = lm_head.of_head(head)
+        if return_log_probs and self._inverse_temperatures is not None:
+            lm_head = CalibratedLMHead(lm_head, self._inverse_temperatures[head : head + 1])
         tokens, values = self.logits_processor.get_top_k_tokens(
             lm_head, states, top_k, return_log_probs=return_log_probs
         )
@@ -197,8 +203,10 @@ class MedusaHeads(nn.Module):
         top_k: int,
         return_log_probs: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # both [requests, heads, top_k]
-        states = self(hidden).flatten(0, 1)
-        best = self.logits_processor.get_top_k_tokens(self._lm_head, states, top_k, return_log_probs=return_log_probs)
+        states, lm_head = self(hidden).flatten(0, 1), self._lm_head
+        if return_log_probs and self._inverse_temperatures is not None:
+            lm_head = CalibratedLMHead(lm_head, self._inverse_temperatures)
+        best = self.logits_processor.get_top_k_tokens(lm_head, states, top_k, return_log_probs=return_log_probs)
         tokens, values = (each.view(self.num_heads, len(hidden), top_k).transpose(0, 1) for each in best)
         return values, tokens if self.token_map is None else self.token_map[tokens]
 

@@ -158,3 +158,35 @@ class TargetLMHead:
     ) -> torch.Tensor:  # [heads * requests, vocab_size]
         """Return all logits."""
         return self._target.compute_logits(x)
+
+
+class CalibratedLMHead:
+    """An LM head whose logits are divided by temperatures, one for each head, and are in float32.
+
+    ``LogitsProcessor`` casts logits to float32 before it takes their log-sum-exp. The product casts them on its way, so
+    that for a model in 16 bits the division is no further kernel, and rounds nothing.
+
+    Args:
+        lm_head: the LM head.
+        inverse: ``[heads]``, float32: one divided by the temperatures.
+
+    """
+
+    def __init__(self, lm_head: Any, inverse: torch.Tensor) -> None:
+        self.tp_size, self.shard_indices = lm_head.tp_size, lm_head.shard_indices
+        self._lm_head, self._inverse = lm_head, inverse
+
+    @property
+    def quant_method(self) -> CalibratedLMHead:
+        """What multiplies, in ``LogitsProcessor``'s terms."""
+        return self
+
+    def apply(
+        self,
+        layer: CalibratedLMHead,
+        x: torch.Tensor,  # [heads * requests, hidden_size]
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # [heads * requests, rows of the vocabulary on this rank], float32
+        """Return this rank's logits."""
+        logits: torch.Tensor = self._lm_head.quant_method.apply(self._lm_head, x)
+        return (logits.unflatten(0, (len(self._inverse), -1)) * self._inverse[:, None, None]).flatten(0, 1)

@@ -2,7 +2,7 @@
 """A tree for each request and step, grown best-first from the heads' own probabilities.
 
 The tree of n nodes with the most tokens accepted per step is that of the n most probable paths, for a path is at most
-as probable as its parent (the argument of ``static.best_first``, with the probabilities of this very step in the place
+as probable as its parent (the argument of ``best_first``, with the probabilities of this very step in the place
 of averages). A path is also at most as probable as one that has a better rank somewhere and no worse one anywhere. So a
 path that is among the best n leaves room for all of those, which bounds its ranks: the candidates are few, known
 beforehand, and one sort of their probabilities grows the trees of all requests.
@@ -10,7 +10,8 @@ beforehand, and one sort of their probabilities grows the trees of all requests.
 Each head gives the probabilities of its own tokens. Were the heads independent, a path's probability would be the
 product of its tokens'; but their top-1 tokens mostly belong to one continuation, and come true together as often as the
 least probable of them at best. As long as a path follows the top-1 tokens, it counts as the geometric mean of these two
-bounds; from where it leaves them on, tokens multiply. All of the above holds for probabilities so defined.
+bounds; from where it leaves them on, tokens multiply. All of the above holds for probabilities so defined. Of the three
+the mean is the best calibrated, with temperatures too (docs/training.md).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,10 @@ import torch
 from vllm_medusa.files import read_json
 from vllm_medusa.messages import shortened, shortened_message
 from vllm_medusa.tree.beam import BeamTree
+from vllm_medusa.tree.best_first import IndependentHeads, JointPaths, best_first
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.static import (
-    StaticTree,
-    available_nodes,
-    best_first,
-    cartesian,
-    chain,
-    from_choices,
-    validate_depth,
-)
+from vllm_medusa.tree.static import Path as RankPath
+from vllm_medusa.tree.static import StaticTree, cartesian, chain, from_choices, validate_depth
 
 PUBLISHED_ACCURACIES = (
     (0.560, 0.112, 0.055, 0.033, 0.020),
@@ -51,6 +45,8 @@ class TreeOptions:
         num_heads: heads that draft, the deepest node's depth.
         vocab_size: how many tokens the heads can draft.
         accuracies: ``[heads][ranks]``, from which sparse trees grow; None takes published ones.
+        path_accuracies: how often whole paths are right, from which sparse trees grow in place of ``accuracies`` where
+            they are enough; None if they were not measured.
         num_nodes: most nodes, the root not counted; None leaves it to the tree.
         default_num_nodes: nodes of a sparse tree where ``num_nodes`` is None.
         top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
@@ -69,6 +65,7 @@ class TreeOptions:
     min_probability: float | None
     default_min_probability: float
     sequential: bool = False
+    path_accuracies: Mapping[RankPath, float] | None = None
 
     def build(self, wanted: Any) -> Tree:
         """Build the tree that ``medusa_tree`` asks for, cut to ``num_nodes``.
@@ -128,10 +125,10 @@ class TreeOptions:
                 f"medusa_accuracies: the heads' config.json holds {shortened(stored)}, which is no matrix "
                 "[heads, ranks]; calibrate the heads again"
             ) from error
-        accuracies = accuracies[: self.num_heads, : self.top_k]
-        if self.num_nodes is not None:
-            return best_first(accuracies, self.num_nodes)
-        return best_first(accuracies, min(available_nodes(*accuracies.shape), self.default_num_nodes))
+        independent = IndependentHeads(accuracies[: self.num_heads, : self.top_k])
+        nodes = self.num_nodes or min(independent.available, self.default_num_nodes)
+        joint = JointPaths(self.path_accuracies or {}).within(self.num_heads, self.top_k)
+        return best_first(joint if joint.available >= nodes else independent, nodes)
 
 
 def _read_tree(path: str) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees that are the same for every request: chain, Cartesian product, explicit choices, best-first.
+"""Trees that are the same for every request: chain, Cartesian product, explicit choices (best-first: ``best_first``).
 
 A node's path is the ranks from the root down to it, as in the reference implementation's ``medusa_choices``:
 ``[2, 0]`` is head 2's most probable token below head 1's third most probable one. The scheduler may cut a
@@ -9,12 +9,10 @@ draft to its first rows, so every builder but the explicit one puts the rows tha
 from __future__ import annotations
 
 import copy
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, product
-from math import prod
 from operator import mul
 from typing import NamedTuple
 
@@ -227,72 +225,6 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
     row = {path: index for index, path in enumerate(paths)}
     parent_first = all(row.get(path[:-1], ROOT) < row[path] for path in paths)
     return from_paths(paths if parent_first else sorted(paths, key=len))
-
-
-def best_first(accuracies: torch.Tensor, nodes: int) -> StaticTree:
-    """Return the tree of ``nodes`` nodes that has the most tokens accepted per step (paper, section 2.3.3).
-
-    A path is accepted with the product of its nodes' accuracies, and the expected number of accepted tokens
-    is the sum of these products over all nodes. A child's product is at most its parent's, so adding the best
-    node again and again gives the best tree of every size, and its prefixes are the best smaller trees.
-
-    Args:
-        accuracies: ``[heads, ranks]``: the probability that head k + 1's token of rank r is the target's.
-        nodes: drafted nodes, the root not counted.
-
-    Raises:
-        ValueError: the accuracies are not probabilities, or give fewer than ``nodes`` nodes to choose from, or
-            ``nodes`` is too many.
-
-    """
-    if accuracies.ndim != 2 or not bool(((accuracies >= 0) & (accuracies <= 1)).all()):
-        raise ValueError(
-            "medusa_tree: the calibrated accuracies must be a matrix [heads, ranks] of probabilities, "
-            f"got {shortened(accuracies.tolist())}; calibrate the heads again"
-        )
-    heads, ranks = accuracies.shape
-    available = available_nodes(heads, ranks)
-    if not 1 <= nodes <= available:
-        raise ValueError(
-            f"medusa_tree: {heads} heads of {ranks} calibrated ranks give trees of 1 to {available} nodes, "
-            f"not {nodes}; set num_speculative_tokens within that or calibrate more ranks"
-        )
-    check_size(nodes)
-    rows: list[list[float]] = accuracies.tolist()
-    paths: list[Path] = []
-    frontier: list[tuple[float, int, Path]] = [(-1.0, 0, ())]
-    while len(paths) <= nodes:
-        negated, depth, path = heapq.heappop(frontier)
-        paths.append(path)
-        if depth < heads:
-            for rank, accuracy in enumerate(rows[depth]):
-                heapq.heappush(frontier, (negated * accuracy, depth + 1, (*path, rank)))
-    return from_paths(paths[1:])
-
-
-def available_nodes(heads: int, ranks: int) -> int:
-    """Return how many nodes the largest tree has that ``ranks`` tokens of each head give."""
-    return sum(ranks**depth for depth in range(1, heads + 1))
-
-
-def path_probabilities(tree: StaticTree, accuracies: torch.Tensor) -> list[float]:
-    """Return each drafted node's probability of being accepted: the product of the accuracies along its path.
-
-    Args:
-        tree: the tree.
-        accuracies: ``[heads, ranks]``, as ``best_first`` takes them; heads are taken as independent of each other.
-
-    Returns:
-        As many as there are drafted rows, in row order.
-
-    """
-    rows: list[list[float]] = accuracies.tolist()
-    return [prod(rows[depth][rank] for depth, rank in enumerate(path)) for path in tree.choices]
-
-
-def expected_acceptance_length(tree: StaticTree, accuracies: torch.Tensor) -> float:
-    """Return the tokens that a step emits on average, ``1 + sum over nodes of their probability`` (section 2.3.3)."""
-    return 1 + sum(path_probabilities(tree, accuracies))
 
 
 def validate_depth(tree: StaticTree, num_heads: int) -> None:

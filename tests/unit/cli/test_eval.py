@@ -33,6 +33,8 @@ def test_the_command_prints_tables_and_leaves_numbers_a_picture_and_the_tree(mod
     assert result.exit_code == 0, result.output
     assert "Right token among a head's first" in result.stdout
     assert "Expected tokens per step" in result.stdout
+    assert "Scores of the nodes of dynamic trees" in result.stdout
+    assert "wrote medusa_accuracies and medusa_temperatures, and as medusa_tree" in result.stdout.replace("\n", " ")
     results = json.loads((tmp_path / "eval.json").read_text())
     assert (len(results["medusa_accuracies"]), len(results["medusa_accuracies"][0])) == (HEADS, 5)
     assert results["texts"] == len(PROMPTS)
@@ -44,6 +46,11 @@ def test_the_command_prints_tables_and_leaves_numbers_a_picture_and_the_tree(mod
     config = json.loads((heads / "config.json").read_text())
     assert len(config["medusa_tree"]) == 6
     assert config["medusa_accuracies"] == results["medusa_accuracies"]
+    assert config["medusa_temperatures"] == results["medusa_temperatures"]
+    assert len(config["medusa_temperatures"]) == HEADS
+    for scores in (results["scores"]["before"], results["scores"]["after"]):
+        assert len(scores["depths"]) == HEADS
+        assert all(0 <= depth["expected_calibration_error"] <= 1 for depth in scores["depths"])
 
 
 def test_the_target_may_be_loaded_in_another_dtype(models: Path) -> None:

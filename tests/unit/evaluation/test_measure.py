@@ -12,7 +12,7 @@ from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
 from tests.unit.published import write_original
 from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.distillation.continuation import continue_prompts
-from vllm_medusa.evaluation.measure import Evaluation, evaluate_heads, load_heads
+from vllm_medusa.evaluation.measure import JUDGED_NODES, evaluate_heads, load_heads
 from vllm_medusa.training.heads import TrainableHeads
 
 RANKS = 4
@@ -43,7 +43,9 @@ def random_samples(count: int = 5) -> list[Sample]:
     return [Sample(text, [IGNORED] * 3 + text[3:]) for text in texts]
 
 
-def brute_force(target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample]) -> Evaluation:
+def brute_force(
+    target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample]
+) -> tuple[list[list[float]], list[int]]:
     """Head k at position t is right at rank r if its token of that rank is the label at t + 1 + k."""
     hits = [[0] * RANKS for _ in range(HEADS)]
     positions = [0] * HEADS
@@ -57,7 +59,7 @@ def brute_force(target: LlamaForCausalLM, heads: TrainableHeads, samples: list[S
                         best = heads.logits(k - 1, hidden[t]).topk(RANKS).indices.tolist()
                         for rank in range(RANKS):
                             hits[k - 1][rank] += best[rank] == label
-    return Evaluation([[hit / n for hit in row] for row, n in zip(hits, positions, strict=True)], positions)
+    return [[hit / n for hit in row] for row, n in zip(hits, positions, strict=True)], positions
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -71,14 +73,61 @@ def test_accuracies_are_shares_of_the_positions_that_have_a_label(
         for rank in range(RANKS):  # So that each of head 1's ranks is right at least once.
             sample.labels[-rank - 1] = heads.logits(0, hidden[-rank - 3]).topk(RANKS).indices[rank].item()
     found = evaluate_heads(target, heads, samples, RANKS, batch_size, show_progress=False)
-    expected = brute_force(target, heads, samples)
-    assert found.positions == expected.positions
-    torch.testing.assert_close(torch.tensor(found.accuracies), torch.tensor(expected.accuracies))
+    accuracies, positions = brute_force(target, heads, samples)
+    assert found.positions == positions
+    torch.testing.assert_close(torch.tensor(found.accuracies), torch.tensor(accuracies))
     assert all(accuracy > 0 for accuracy in found.accuracies[0])
 
 
-def test_top_k_accuracies_add_up_the_ranks() -> None:
-    assert Evaluation([[0.5, 0.25, 0.125]], [8]).top_k == [[0.5, 0.75, 0.875]]
+def drawn_by_the_first_head(target: LlamaForCausalLM, heads: TrainableHeads) -> list[Sample]:
+    """Return texts whose labels the first head has drawn at a temperature of 1.5."""
+    samples, generator = random_samples(12), torch.Generator().manual_seed(0)
+    for sample in samples:
+        with torch.no_grad():
+            hidden = target.model(input_ids=torch.tensor([sample.input_ids])).last_hidden_state[0]
+            drawn = (heads.logits(0, hidden[1:-2]) / 1.5).softmax(dim=-1).multinomial(1, generator=generator)
+        sample.labels[3:] = drawn[:, 0].tolist()
+    return samples
+
+
+def test_the_temperature_at_which_the_target_speaks_is_found(target: LlamaForCausalLM, heads: TrainableHeads) -> None:
+    found = evaluate_heads(target, heads, drawn_by_the_first_head(target, heads), RANKS, show_progress=False)
+    assert found.temperatures[0] == pytest.approx(1.5, rel=0.15)
+    before, after = (drafts.depths[0].calibration_error for drafts in (found.before, found.after))
+    assert after < before
+
+
+def test_probabilities_are_read_as_the_served_heads_scale_their_logits(
+    target: LlamaForCausalLM, heads: TrainableHeads
+) -> None:
+    samples = drawn_by_the_first_head(target, heads)
+    plain, scaled = (
+        evaluate_heads(target, heads, samples, RANKS, show_progress=False, logit_scale=scale) for scale in (1.0, 0.5)
+    )
+    assert scaled.accuracies == plain.accuracies
+    assert scaled.temperatures[0] == pytest.approx(plain.temperatures[0] / 2, rel=0.02)
+
+
+def test_paths_and_scores_are_of_the_positions_where_steps_begin(
+    target: LlamaForCausalLM, heads: TrainableHeads
+) -> None:
+    samples = drawn_by_the_first_head(target, heads)
+    found = evaluate_heads(target, heads, samples, RANKS, show_progress=False)
+    everywhere = sum(len(sample) - 3 - HEADS + 1 for sample in samples)
+    assert 0 < found.steps < everywhere
+    assert sum(of_depth.nodes for of_depth in found.after.depths) == JUDGED_NODES * found.steps
+    right_at_first = sum(share for path, share in found.paths.accuracies.items() if len(path) == 1)
+    assert right_at_first * found.steps == pytest.approx(round(right_at_first * found.steps))
+    assert 0 < right_at_first < sum(found.accuracies[0])  # Steps pass over what heads know.
+
+
+def test_texts_without_enough_tokens_of_the_target_in_a_row_are_refused(
+    target: LlamaForCausalLM, heads: TrainableHeads
+) -> None:
+    text = list(range(5, 25))
+    labels = [token if place % 2 else IGNORED for place, token in enumerate(text)]
+    with pytest.raises(ValueError, match="no 3 tokens in a row were written by the target in 1 texts"):
+        evaluate_heads(target, heads, [Sample(text, labels)], show_progress=False)
 
 
 def test_texts_too_short_for_a_head_are_refused_by_its_number(target: LlamaForCausalLM, heads: TrainableHeads) -> None:

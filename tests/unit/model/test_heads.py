@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm_medusa.checkpoint.format import HeadsSpec, path_shapes
 from vllm_medusa.config import medusa_config
 from vllm_medusa.model.heads import MedusaHeads
+from vllm_medusa.model.lm_heads import CalibratedLMHead
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.options import TreeOptions
@@ -150,6 +152,48 @@ def test_heads_compute_what_plain_pytorch_computes(load: Load, layers: int, bias
     log_probs, tokens = model.top_predictions(hidden, 4)
     torch.testing.assert_close(log_probs, expected.log_softmax(dim=-1).topk(4).values.transpose(0, 1))
     assert torch.equal(tokens, model.top_tokens(hidden, 4))
+
+
+@pytest.mark.parametrize("kind", ["own", "target's", "shared draft vocabulary"])
+def test_logits_are_divided_by_each_heads_temperature_where_probabilities_are_read(load: Load, kind: str) -> None:
+    state, hidden, temperatures = random_state(), torch.randn(5, HIDDEN), torch.tensor([0.5, 1.0, 2.0])
+    config: dict[str, Any] = {"medusa_temperatures": temperatures.tolist()}
+    states = plain_states(state, hidden)
+    expected = plain_logits(state, hidden)
+    if kind != "own":
+        config["original_lm_head"] = True
+        expected = states @ state["lm_heads.0.weight"].T
+        state = {name: each for name, each in state.items() if name != "lm_heads.1.weight"}
+    if kind == "shared draft vocabulary":
+        kept = torch.arange(0, VOCAB, 2)
+        state |= {"lm_heads.0.weight": state["lm_heads.0.weight"][kept], "token_map": kept}
+        config["truncated_vocab_size"] = len(kept)
+        expected = expected[:, :, kept]
+    model = load(state, **config)
+    weight = random_state()["lm_heads.0.weight"]
+    model.share(SimpleNamespace(compute_logits=lambda states: states @ weight.T))
+    log_probs, tokens = model.top_predictions(hidden, 4)
+    divided = (expected / temperatures[:, None, None]).log_softmax(dim=-1).topk(4)
+    torch.testing.assert_close(log_probs, divided.values.transpose(0, 1))
+    rows = tokens if kind != "shared draft vocabulary" else tokens // 2
+    assert torch.equal(rows, expected.topk(4).indices.transpose(0, 1))
+    assert torch.equal(tokens, model.top_tokens(hidden, 4))
+
+
+def test_calibrated_logits_of_a_model_in_16_bits_are_float32_and_keep_the_tokens_order(load: Load) -> None:
+    """``LogitsProcessor`` has no cast left to do then, and the division rounds no two logits to one."""
+    state, temperatures = random_state(), [0.7, 1.0, 1.9]
+    lm_head = load(state, medusa_temperatures=temperatures).lm_heads
+    assert lm_head is not None
+    lm_head.to(torch.bfloat16)
+    lm_head.parts.clear()
+    states = torch.randn(HEADS * 5, HIDDEN, dtype=torch.bfloat16)
+    inverse = torch.tensor(temperatures).reciprocal()
+    calibrated = CalibratedLMHead(lm_head, inverse)
+    logits, plain = calibrated.apply(calibrated, states), lm_head.quant_method.apply(lm_head, states)
+    assert (logits.dtype, plain.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(logits, plain.float() * inverse.repeat_interleave(5)[:, None], rtol=1e-6, atol=0)
+    assert torch.equal(logits.argsort(stable=True), plain.argsort(stable=True))
 
 
 def test_all_of_the_vocabulary_and_no_padding_can_be_drafted(load: Load) -> None:
@@ -370,10 +414,14 @@ def trained(state: State, target: Embedding, **sizes: Any) -> TrainableHeads:
     return heads
 
 
+@pytest.mark.parametrize("temperatures", [None, [0.5, 1.0, 2.0]])
 @pytest.mark.parametrize("kind", ["own", "shared draft vocabulary"])
 @pytest.mark.parametrize("tree", [[3, 2, 2], "dynamic"])
-def test_sequential_heads_draft_along_each_path_what_they_say_in_training(load: Load, tree: Any, kind: str) -> None:
-    state, sizes, config = sequential_state(random_state()), {}, {"sequential_path_rank": RANK}
+def test_sequential_heads_draft_along_each_path_what_they_say_in_training(
+    load: Load, tree: Any, kind: str, temperatures: list[float] | None
+) -> None:
+    state, sizes = sequential_state(random_state()), {}
+    config: dict[str, Any] = {"sequential_path_rank": RANK, "medusa_temperatures": temperatures}
     if kind != "own":
         kept = torch.arange(0, VOCAB, 2)
         state = {name: each for name, each in state.items() if not name.startswith("lm_heads.") or "s.0." in name}
@@ -400,6 +448,7 @@ def test_sequential_heads_draft_along_each_path_what_they_say_in_training(load: 
             path = torch.tensor([paths[parent]])
             with torch.no_grad():
                 logits = training.logits(len(paths[parent]) - 1, hidden[request : request + 1], path)[0]
+            logits /= 1.0 if temperatures is None else temperatures[len(paths[parent]) - 1]
             row = int(training.rows_of(torch.tensor([token])))
             scores.append(scores[parent] + float(logits.log_softmax(-1)[row]))
             paths.append([*paths[parent], token])

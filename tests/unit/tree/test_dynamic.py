@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic
+from vllm_medusa.tree.best_first import available_nodes
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.dynamic import MAX_CANDIDATES, DynamicTree
-from vllm_medusa.tree.static import available_nodes
 
 
 @st.composite

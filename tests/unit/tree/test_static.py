@@ -1,46 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from itertools import combinations, product
-from math import prod
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic
-from vllm_medusa.tree.static import (
-    StaticTree,
-    available_nodes,
-    best_first,
-    cartesian,
-    chain,
-    expected_acceptance_length,
-    from_choices,
-    path_probabilities,
-    validate_depth,
-)
+from vllm_medusa.tree.static import StaticTree, cartesian, chain, from_choices, validate_depth
 from vllm_medusa.tree.topology import DraftTree
 
 Path = tuple[int, ...]
-
-
-@st.composite
-def accuracies(draw: st.DrawFn) -> torch.Tensor:
-    """``[heads, ranks]`` with at most 14 nodes below the root."""
-    heads, ranks = draw(st.sampled_from([(1, 1), (1, 4), (2, 2), (2, 3), (3, 2), (4, 1)]))
-    cell = st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
-    rows = draw(st.lists(st.lists(cell, min_size=ranks, max_size=ranks), min_size=heads, max_size=heads))
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def all_paths(heads: int, ranks: int) -> list[Path]:
-    return [path for depth in range(heads) for path in product(range(ranks), repeat=depth + 1)]
-
-
-def path_product(path: Path | list[int], rows: list[list[float]]) -> float:
-    return prod(rows[depth][rank] for depth, rank in enumerate(path))
 
 
 @st.composite
@@ -105,50 +77,6 @@ def test_a_prefix_is_the_first_paths(choices: list[list[int]], data: st.DataObje
     assert prefix.ranks.shape == prefix.topology.parents.shape
 
 
-@settings(deterministic, max_examples=60)
-@given(accuracies(), st.data())
-def test_best_first_has_the_largest_sum_of_path_products(table: torch.Tensor, data: st.DataObject) -> None:
-    paths = all_paths(*table.shape)
-    nodes = data.draw(st.integers(1, min(len(paths), 7)))
-    tree = best_first(table, nodes)
-    assert len(tree) == nodes + 1
-    rows = table.tolist()
-    value = {path: path_product(path, rows) for path in paths}
-    every_tree = (some for some in combinations(paths, nodes) if all(p[:-1] in ((), *some) for p in some))
-    best = max(sum(value[path] for path in some) for some in every_tree)
-    assert sum(value[tuple(path)] for path in tree.choices) == pytest.approx(best)
-
-
-@deterministic
-@given(accuracies(), st.data())
-def test_a_prefix_of_best_first_is_the_smaller_best_first(table: torch.Tensor, data: st.DataObject) -> None:
-    nodes = data.draw(st.integers(1, len(all_paths(*table.shape))))
-    fewer = data.draw(st.integers(1, nodes))
-    assert best_first(table, nodes).prefix(fewer + 1).choices == best_first(table, fewer).choices
-
-
-@deterministic
-@given(accuracies(), st.data())
-def test_a_node_is_accepted_with_the_product_of_its_paths_accuracies(table: torch.Tensor, data: st.DataObject) -> None:
-    nodes = data.draw(st.integers(1, available_nodes(*table.shape)))
-    tree = best_first(table, nodes)
-    expected = [path_product(path, table.tolist()) for path in tree.choices]
-    assert path_probabilities(tree, table) == expected
-    assert expected_acceptance_length(tree, table) == pytest.approx(1 + sum(expected))
-
-
-def test_the_expected_acceptance_length_is_that_of_independent_heads() -> None:
-    """Each outcome's tokens, weighted: head 1 right with its first or second token, head 2 below the first."""
-    table = torch.tensor([[0.5, 0.25], [0.5, 0.0]], dtype=torch.float64)
-    tree = from_choices([[0], [1], [0, 0]])
-    assert expected_acceptance_length(tree, table) == 0.25 * 1 + 0.25 * 2 + 0.25 * 2 + 0.25 * 3
-
-
-def test_best_first_goes_as_deep_as_the_accuracies_are_worth() -> None:
-    tree = best_first(torch.tensor([[0.6, 0.2], [0.5, 0.3]]), 5)
-    assert tree.choices == [[0], [0, 0], [1], [0, 1], [1, 0]]
-
-
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
@@ -181,19 +109,6 @@ def test_widths_that_are_not_positive_integers_are_refused(widths: list[int]) ->
 def test_a_chain_of_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^medusa_tree: a chain of depth 0"):
         chain(0)
-
-
-@pytest.mark.parametrize("nodes", [-1, 0, 7])
-def test_more_nodes_than_there_are_is_refused(nodes: int) -> None:
-    with pytest.raises(ValueError, match=f"^medusa_tree: 2 heads of 2 .* 1 to 6 nodes, not {nodes};"):
-        best_first(torch.full((2, 2), 0.5), nodes)
-    assert len(best_first(torch.full((2, 2), 0.5), 6)) == 7
-
-
-@pytest.mark.parametrize("table", [[[0.5, 1.5]], [[-0.1]], [[float("nan")]], [0.5]])
-def test_accuracies_that_are_no_probabilities_are_refused(table: list[list[float]]) -> None:
-    with pytest.raises(ValueError, match=r"^medusa_tree: the calibrated accuracies must be"):
-        best_first(torch.tensor(table), 1)
 
 
 def test_a_tree_deeper_than_the_heads_is_refused_by_its_first_path_that_is_too_long() -> None:

@@ -54,8 +54,7 @@ class TreeOptions:
         num_nodes: most nodes, the root not counted; None leaves it to the tree.
         default_num_nodes: nodes of a sparse tree where ``num_nodes`` is None.
         top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
-        min_probability: the least probability of a path of a dynamic tree; None takes ``default_min_probability``.
-        default_min_probability: that of a dynamic tree where ``min_probability`` is None.
+        min_probability: the least probability of a path of a dynamic tree; None leaves none out.
         sequential: whether the heads read the path to a node.
 
     """
@@ -67,7 +66,6 @@ class TreeOptions:
     default_num_nodes: int
     top_k: int | None
     min_probability: float | None
-    default_min_probability: float
     sequential: bool = False
 
     def build(self, wanted: Any) -> Tree:
@@ -112,13 +110,22 @@ class TreeOptions:
 
     def _dynamic(self) -> DynamicTree | BeamTree:
         top_k = min(self.top_k or DYNAMIC_TOP_K, self.vocab_size)
-        floor = self.default_min_probability if self.min_probability is None else self.min_probability
+        floor = self.min_probability or 0.0
         num_nodes = self.num_nodes or self.default_num_nodes
         if self.sequential:
             return BeamTree(self.num_heads, num_nodes, top_k, DYNAMIC_BEAM, floor)
         return DynamicTree(self.num_heads, num_nodes, top_k, floor)
 
-    def _sparse(self) -> StaticTree:
+    def judge(self, tree: Tree) -> Tree:
+        """Return a tree whose drafts say how probable their paths are.
+
+        Raises:
+            ValueError: the accuracies, by which a static tree is judged, are no matrix.
+
+        """
+        return tree.judged_by(self._accuracy_matrix()) if isinstance(tree, StaticTree) else tree
+
+    def _accuracy_matrix(self) -> torch.Tensor:
         stored = self.accuracies or PUBLISHED_ACCURACIES
         try:
             accuracies = torch.tensor(stored)
@@ -128,7 +135,10 @@ class TreeOptions:
                 f"medusa_accuracies: the heads' config.json holds {shortened(stored)}, which is no matrix "
                 "[heads, ranks]; calibrate the heads again"
             ) from error
-        accuracies = accuracies[: self.num_heads, : self.top_k]
+        return accuracies
+
+    def _sparse(self) -> StaticTree:
+        accuracies = self._accuracy_matrix()[: self.num_heads, : self.top_k]
         if self.num_nodes is not None:
             return best_first(accuracies, self.num_nodes)
         return best_first(accuracies, min(available_nodes(*accuracies.shape), self.default_num_nodes))

@@ -14,10 +14,10 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 HORIZON = 32
 """Observations after which an earlier one counts a third."""
 
-FAR = 0.05
+FAR = 0.02
 """What an observation counts at sizes far away: a machine that slows down does so at every size."""
 
-FIRST = 0.05
+FIRST = 0.02
 """What the measured curve counts, as a share of one observation: it leaves out attention and the host's work."""
 
 MOST_SURPRISE = math.log(1.5)
@@ -49,9 +49,9 @@ class Curve(BaseModel):
 class CostTable:
     """A curve that follows observations.
 
-    The measured curve is kept as it is, and at each of its sizes a factor is learned: the average of what observations
-    were as a multiple of the curve, weighted by how recent they are and how near their size is. So sizes that are
-    not visited follow those that are. Between sizes it is linear, beyond the last one too, and it never falls.
+    The measured curve is kept as it is, and at four sizes an octave a factor is learned: the average of what was
+    observed as a multiple of the curve, weighted by how recent and how near an observation is. So sizes that are not
+    visited follow those that are. Between sizes it is linear, beyond the last measured one too, and it never falls.
 
     Args:
         curve: what was measured.
@@ -60,15 +60,13 @@ class CostTable:
     """
 
     def __init__(self, curve: Curve, most: int) -> None:
-        sizes, seconds = list(curve.sizes), np.maximum.accumulate(curve.seconds).tolist()
-        while sizes[-1] < most:
-            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else seconds[-1] / sizes[-1]
-            seconds.append(seconds[-1] + slope * sizes[-1])
-            sizes.append(2 * sizes[-1])
-        self._sizes = np.array(sizes, dtype=np.float64)
-        self._measured = np.array(seconds)
-        self._log_factors = np.zeros(len(sizes))
-        self._weights = np.full(len(sizes), FIRST)
+        sizes, seconds = np.array([0, *curve.sizes]), np.maximum.accumulate([0, *curve.seconds])
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        self._sizes = np.unique(np.round(2 ** np.arange(0, np.log2(most) + 0.25, 0.25)))
+        beyond = (self._sizes - sizes[-1]).clip(min=0)
+        self._measured = np.interp(self._sizes, sizes, seconds) + slope * beyond
+        self._log_factors = np.zeros(len(self._sizes))
+        self._weights = np.full(len(self._sizes), FIRST)
         self._seconds = self._measured
 
     def observe(self, size: int, seconds: float) -> None:
@@ -78,7 +76,7 @@ class CostTable:
         surprise = math.log(seconds / measured) - expected
         found = expected + min(max(surprise, -MOST_SURPRISE), MOST_SURPRISE)
         octaves = np.log2(self._sizes / size)
-        nearness = FAR + (1 - FAR) * np.exp(-4 * octaves * octaves)
+        nearness = FAR + (1 - FAR) * np.exp(-8 * octaves * octaves)
         self._weights = self._weights * (1 - 1 / HORIZON) + nearness
         self._log_factors = self._log_factors + nearness / self._weights * (found - self._log_factors)
         self._seconds = np.maximum.accumulate(self._measured * np.exp(self._log_factors))

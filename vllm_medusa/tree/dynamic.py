@@ -102,11 +102,11 @@ class DynamicTree:
         scores = self._scores(log_probs)
         if chained is not None:
             scores.masked_fill_(chained[:, None] & ~self._on_chain, -math.inf)
-        if self.min_probability:
-            scores.masked_fill_(scores < math.log(self.min_probability), -math.inf)
         # A stable sort keeps the order of the candidates among equals, in which parents come first.
         best = scores.sort(dim=1, descending=True, stable=True)
         candidate, scores = (each[:, : self.num_nodes + 1] for each in (best.indices, best.values))
+        if self.min_probability:
+            scores = scores.masked_fill(scores < math.log(self.min_probability), -math.inf)
         row_of = candidate.new_empty(len(candidate), len(self._parent))
         row_of.scatter_(1, candidate, self._row.expand_as(candidate))
         node, scores = candidate[:, 1:], scores[:, 1:]

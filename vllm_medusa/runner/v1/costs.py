@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
@@ -26,10 +27,14 @@ from vllm_medusa.versions import installed_versions
 logger = init_logger("vllm.medusa")
 
 ROUNDS = 3
-"""Each size is measured so often, in turns; the least time is the one that other processes have disturbed least."""
+"""Each size is measured so often again, in turns; the least time is what other processes have disturbed least."""
 
-LONG_RUN = 0.25
-"""Seconds of a run after which no larger size is measured. Beyond, time grows with the size: the cores are busy."""
+LONG_RUN, SIZES_AT_LEAST = 0.25, 8
+"""Seconds of a run after which no larger size is measured, but so many sizes are. Beyond, time grows with the size: the
+cores are busy."""
+
+LONG_ROUND = 2.0
+"""Seconds of a round after which there is only one more."""
 
 
 def known_costs(runner: CPUModelRunner, proposer: MedusaProposer, max_rows: int, max_num_reqs: int) -> Costs:
@@ -85,15 +90,21 @@ def _measure(runner: CPUModelRunner, proposer: MedusaProposer, max_rows: int, ma
 
 
 def _curve(run: Callable[[int], None], most: int) -> Curve:
-    sizes = []
+    """Measure what a run of each size takes; rank 0's clock says how much is measured, since all ranks run together."""
+    agreed = get_tp_group().broadcast_object
+    sizes: list[int] = []
+    first: list[float] = []
     for size in _sizes(most):
         run(size)  # The first run of a size is slower: kernels choose their way and memory is new.
         sizes.append(size)
-        # All ranks run as many sizes, since their runs wait for each other.
-        if get_tp_group().broadcast_object(_timed(run, size)) > LONG_RUN:
+        first.append(agreed(_timed(run, size)))
+        if first[-1] > LONG_RUN and len(sizes) >= SIZES_AT_LEAST:
             break
-    rounds = [[_timed(run, size) for size in sizes] for _ in range(ROUNDS)]
-    return Curve(sizes=tuple(sizes), seconds=tuple(map(min, zip(*rounds, strict=True))))
+    rounds = 1 if sum(first) > LONG_ROUND else ROUNDS
+    times = [first, *([_timed(run, size) for size in sizes] for _ in range(rounds))]
+    # No size takes longer than a larger one; where it did, something else ran.
+    least = np.minimum.accumulate(np.min(times, axis=0)[::-1])[::-1]
+    return Curve(sizes=tuple(sizes), seconds=tuple(least.tolist()))
 
 
 def _sizes(most: int) -> list[int]:

@@ -147,11 +147,11 @@ def node_depths(
     parents: torch.Tensor,  # [num_reqs, num_nodes], int64
     max_depth: int,
 ) -> torch.Tensor:  # [num_reqs, num_nodes], int64
-    """Return each node's depth, by pointer jumping."""
+    """Return each node's depth, by pointer jumping; of no meaning past a draft's length, but at most ``max_depth``."""
     above = pad(parents, (1, 0))  # The root's parent is itself, so that jumps end there.
     depths = torch.ones_like(above)
     depths[:, 0] = 0
     for _ in range(max_depth.bit_length()):
         depths = depths + depths.gather(1, above)
         above = above.gather(1, above)
-    return depths[:, 1:]
+    return depths[:, 1:].clamp(max=max_depth)

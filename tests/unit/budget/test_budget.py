@@ -45,6 +45,16 @@ def test_depths_follow_from_parents(tree: DraftTree) -> None:
     assert torch.equal(node_depths(tree.parents[None, 1:], tree.depth), tree.depths[None, 1:])
 
 
+def test_behind_its_end_a_draft_has_depths_that_there_are() -> None:
+    """A request with a grammar has the parents of a chain, which goes on behind the end of its draft."""
+    tree = cartesian([3, 2])
+    chained = tree.draft(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([True]))
+    depths = node_depths(chained.parents, tree.depth)
+    assert chained.lengths.tolist() == [2]
+    assert depths[0, :2].tolist() == [1, 2]
+    assert int(depths.max()) == tree.depth
+
+
 def test_where_rows_cost_nothing_all_are_verified_and_none_where_they_cost_all() -> None:
     batch = drafts([0.9, 0.5, 0.1], [0.6, 0.3, 0.2])
     assert budget(FREE).cut(["a", "b"], batch, all_emit(2)).lengths.tolist() == [3, 3]

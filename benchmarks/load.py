@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -109,6 +109,8 @@ def load(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 48,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 if the CPU has it, else float32.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = machine()["cores"],
+    processor_time: Annotated[bool, typer.Option(help="For busy machines, with one thread.")] = False,
     output: Annotated[Path, typer.Option(help="A directory for load.json, load.png and logs.")] = Path("build/load"),
 ) -> None:
     """Race the contenders under each load."""
@@ -126,7 +128,7 @@ def load(
             engines: dict[str, Contender] = {}
             for name in track(names, "Starting"):
                 engine = Engine(str(target), dtype, configs[name], 1024, True, max(loads), KV_CACHE_BYTES)
-                arguments = (engine, machine()["cores"])
+                arguments = (engine, threads, processor_time)
                 environment = plugins(name)
                 log = output / f"{name.replace(' ', '-')}.log"
                 engines[name] = stack.enter_context(Contender(name, serve, arguments, environment, log))
@@ -139,12 +141,19 @@ def load(
                         if number >= 0:
                             ran[most][name].append(done)
         results = {most: summarise(own) for most, own in ran.items()}
-        print_tables(results, f"{dtype}, {rounds} rounds of {tokens} tokens")
+        clock = "processor time" if processor_time else "wall time"
+        print_tables(results, f"{clock}, {dtype}, {threads} threads, {rounds} rounds of {tokens} tokens")
         speed = {
             str(most): {name: each.tokens_per_second for name, each in own.items()} for most, own in results.items()
         }
         details = {most: {name: asdict(each) for name, each in own.items()} for most, own in results.items()}
-        about = {"machine": machine(), "versions": installed_versions(), "command": " ".join(sys.argv), "dtype": dtype}
+        about = {
+            "machine": machine(),
+            "versions": installed_versions(),
+            "command": " ".join(sys.argv),
+            "dtype": dtype,
+            "threads": threads,
+        }
         write_json(output / "load.json", {"concurrency": speed, "details": details, **about})
         plot(results, output / "load.png")
 
@@ -168,16 +177,17 @@ def _configs(names: Sequence[str], target: Path, heads: Path, directory: Path) -
     return configs
 
 
-def serve(connection: Connection, engine: Engine, threads: int) -> None:
+def serve(connection: Connection, engine: Engine, threads: int, processor_time: bool) -> None:
     """Be a contender: send ``None`` after the start, then a ``Round`` for each ``Load``."""
     set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
     llm = engine.open()
     connection.send(None)
     while True:
-        connection.send(decode(llm, connection.recv()))
+        clock = time.process_time if processor_time else time.perf_counter
+        connection.send(decode(llm, connection.recv(), clock))
 
 
-def decode(llm: Any, load: Load) -> Round:
+def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
     """Decode under a load."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -196,9 +206,9 @@ def decode(llm: Any, load: Load) -> Round:
         emitted[name] = 0
     seconds, steps, before, drafted = 0.0, 0, counters(llm), 0
     while llm.llm_engine.has_unfinished_requests():
-        start = time.perf_counter()
+        start = clock()
         outputs = llm.llm_engine.step()
-        taken = time.perf_counter() - start
+        taken = clock() - start
         if len(outputs) < len(emitted) or any(output.finished for output in outputs):
             if not steps:
                 continue  # Some are still at their prompts.

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 
 from vllm_medusa.budget.choice import choose, most_probable
 from vllm_medusa.budget.correction import Correction
@@ -77,7 +77,8 @@ class Budget:
 
         """
         assert drafts.log_probs is not None
-        self._place = {each: index for index, each in enumerate(req_ids) if emitting[index]}
+        emits = emitting.tolist()
+        self._place = {each: index for index, each in enumerate(req_ids) if emits[index]}
         self._said = drafts.log_probs.exp()
         lengths = drafts.lengths * emitting
         probabilities = self.correction.apply(self._said, node_depths(drafts.parents, self._max_depth))
@@ -108,10 +109,10 @@ class Budget:
     def verified(
         self,
         req_ids: Sequence[str],
-        request: torch.Tensor,  # [num_rows], int64
-        node: torch.Tensor,  # [num_rows], int64
-        depths: torch.Tensor,  # [num_rows], int64
-        accepted: torch.Tensor,  # [num_rows], bool
+        request: np.ndarray,  # [num_rows], int64
+        node: np.ndarray,  # [num_rows], int64
+        depths: np.ndarray,  # [num_rows], int64
+        accepted: np.ndarray,  # [num_rows], bool
     ) -> None:
         """Learn from a step's rows.
 
@@ -123,12 +124,12 @@ class Budget:
             accepted: whether the walk went along the row.
 
         """
-        place = torch.tensor([self._place.get(each, -1) for each in req_ids])
-        if not bool((place >= 0).any()):
+        place = np.array([self._place.get(each, -1) for each in req_ids])
+        if not (place >= 0).any():
             return
         drafted = place[request]
         known = (node >= 0) & (drafted >= 0)
-        self.correction.observe(depths[known], self._said[drafted[known], node[known]], accepted[known])
+        self.correction.observe(depths[known], self._said.numpy()[drafted[known], node[known]], accepted[known])
         if self.most is None:
             self._pauses.saw(len(req_ids), verified=bool(known.any()))
 
@@ -148,10 +149,14 @@ def node_depths(
     max_depth: int,
 ) -> torch.Tensor:  # [num_reqs, num_nodes], int64
     """Return each node's depth, by pointer jumping; of no meaning past a draft's length, but at most ``max_depth``."""
-    above = pad(parents, (1, 0))  # The root's parent is itself, so that jumps end there.
-    depths = torch.ones_like(above)
-    depths[:, 0] = 0
+    # NumPy, since so few numbers cost less there than in PyTorch. The root's parent is itself, so that jumps end there.
+    num_reqs, num_rows = len(parents), parents.shape[1] + 1
+    parent = np.zeros((num_reqs, num_rows), dtype=np.int64)
+    parent[:, 1:] = parents.numpy()
+    above = (parent + num_rows * np.arange(num_reqs)[:, None]).ravel()
+    depths = np.ones(num_reqs * num_rows, dtype=np.int64)
+    depths[::num_rows] = 0
     for _ in range(max_depth.bit_length()):
-        depths = depths + depths.gather(1, above)
-        above = above.gather(1, above)
-    return depths[:, 1:].clamp(max=max_depth)
+        depths += depths[above]
+        above = above[above]
+    return torch.from_numpy(depths.reshape(num_reqs, num_rows)[:, 1:].clip(max=max_depth))

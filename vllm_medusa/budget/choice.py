@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -44,11 +45,12 @@ def choose(
         seconds: what the step takes with 0, 1, 2, ... nodes; never falling. No more nodes than that are verified.
 
     """
-    values, indices = _rank(probabilities, lengths, len(seconds) - 1)
-    tokens = torch.cat([torch.zeros(1), values.cumsum(0)]).double() + num_reqs
-    rates = tokens / seconds[: len(tokens)]
+    ranked = _rank(probabilities, lengths, len(seconds) - 1)
+    tokens = np.full(len(ranked) + 1, num_reqs, dtype=np.float64)
+    tokens[1:] += np.cumsum(probabilities.numpy().ravel()[ranked], dtype=np.float64)
+    rates = tokens / seconds.numpy()[: len(tokens)]
     best = int(rates.argmax())
-    return Choice(_count(indices[:best], probabilities), float(rates[best]))
+    return Choice(_count(ranked[:best], probabilities), float(rates[best]))
 
 
 def most_probable(
@@ -57,21 +59,19 @@ def most_probable(
     most: int,
 ) -> torch.Tensor:  # [num_reqs], int64
     """Return how many nodes each request has among the ``most`` most probable ones of all drafts (see ``choose``)."""
-    _, indices = _rank(probabilities, lengths, most)
-    return _count(indices, probabilities)
+    return _count(_rank(probabilities, lengths, most), probabilities)
 
 
-def _rank(probabilities: torch.Tensor, lengths: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the most probable nodes' probabilities, falling, and places in ``probabilities.flatten()``."""
-    node = torch.arange(probabilities.shape[1])
-    flat = probabilities.masked_fill(node >= lengths[:, None], -1).flatten()
+def _rank(probabilities: torch.Tensor, lengths: torch.Tensor, most: int) -> np.ndarray:
+    """Return the places of the most probable nodes in ``probabilities.flatten()``, most probable first."""
+    # NumPy, on the tensors' own memory: on so few numbers its operations cost a third of PyTorch's.
+    is_node = np.arange(probabilities.shape[1]) < lengths.numpy()[:, None]
     # A stable sort keeps a request's nodes in order where they are as probable.
-    ranked = flat.sort(descending=True, stable=True)
-    count = min(int(lengths.sum()), most)
-    return ranked.values[:count], ranked.indices[:count]
+    ranked = np.where(is_node, -probabilities.numpy(), 1).ravel().argsort(kind="stable")
+    return ranked[: min(int(is_node.sum()), most)]
 
 
-def _count(chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+def _count(chosen: np.ndarray, probabilities: torch.Tensor) -> torch.Tensor:
     """Count the chosen places of ``probabilities.flatten()`` in each of its rows."""
     num_reqs, num_nodes = probabilities.shape
-    return torch.bincount(chosen // num_nodes, minlength=num_reqs)
+    return torch.from_numpy(np.bincount(chosen // num_nodes, minlength=num_reqs))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 HORIZON = 256
@@ -22,19 +23,19 @@ class Correction:
     """
 
     def __init__(self, max_depth: int) -> None:
-        self._expected = torch.zeros(max_depth + 1)
-        self._accepted = torch.zeros(max_depth + 1)
+        self._expected = np.zeros(max_depth + 1)
+        self._accepted = np.zeros(max_depth + 1)
 
     @property
-    def ratios(self) -> torch.Tensor:
-        """``[max_depth + 1]``, float32, by depth."""
+    def ratios(self) -> np.ndarray:
+        """``[max_depth + 1]``, float64, by depth."""
         return (self._accepted + PRIOR) / (self._expected + PRIOR)
 
     def observe(
         self,
-        depths: torch.Tensor,  # [nodes], int64
-        probabilities: torch.Tensor,  # [nodes], float32
-        accepted: torch.Tensor,  # [nodes], bool
+        depths: np.ndarray,  # [nodes], int64
+        probabilities: np.ndarray,  # [nodes], float32
+        accepted: np.ndarray,  # [nodes], bool
     ) -> None:
         """Note which of a step's verified nodes were accepted.
 
@@ -44,9 +45,9 @@ class Correction:
             accepted: which of them were.
 
         """
-        for total, weights in ((self._expected, probabilities), (self._accepted, accepted.float())):
+        for total, weights in ((self._expected, probabilities), (self._accepted, accepted)):
             total *= 1 - 1 / HORIZON
-            total += torch.bincount(depths, weights, minlength=len(total))
+            total += np.bincount(depths, weights, minlength=len(total))
 
     def apply(
         self,
@@ -54,4 +55,5 @@ class Correction:
         depths: torch.Tensor,  # [num_reqs, num_nodes], int64
     ) -> torch.Tensor:  # [num_reqs, num_nodes], float32
         """Return the corrected probabilities, made to fall along each request."""
-        return (probabilities * self.ratios[depths]).clamp(max=1).cummin(dim=1).values
+        corrected = np.minimum(probabilities.numpy() * self.ratios[depths.numpy()], 1)
+        return torch.from_numpy(np.minimum.accumulate(corrected, axis=1, dtype=np.float32))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -96,9 +97,9 @@ def test_once_in_a_while_something_is_verified_that_does_not_seem_to_pay() -> No
 
 def feed(following: Budget, req_ids: list[str], length: int, accepted: int) -> None:
     """Let requests verify their first nodes, of which the first were accepted."""
-    rows = torch.arange(length + 1).repeat(len(req_ids))
-    request = torch.arange(len(req_ids)).repeat_interleave(length + 1)
-    depth = torch.tensor([0, 1, 2, 1])[rows]
+    rows = np.tile(np.arange(length + 1), len(req_ids))
+    request = np.repeat(np.arange(len(req_ids)), length + 1)
+    depth = np.array([0, 1, 2, 1])[rows]
     following.verified(req_ids, request, rows - 1, depth, rows <= accepted)
 
 
@@ -126,7 +127,7 @@ def test_ranks_that_have_measured_different_costs_ask_their_heads_in_the_same_st
         assert torch.equal(first, second)
     assert all(first == second for first, second in asked)
     assert len(set(asked)) == 2
-    assert torch.equal(ranks[0].correction.ratios, ranks[1].correction.ratios)
+    assert np.array_equal(ranks[0].correction.ratios, ranks[1].correction.ratios)
 
 
 def test_a_static_tree_says_how_probable_its_paths_are_where_it_is_judged() -> None:

@@ -46,11 +46,13 @@ class StepBudget:
         # The time of a step that computes a part of a prompt says nothing of rows.
         if num_rows == len(trees.depths):
             self.budget.step_took(num_rows, time.perf_counter() - self._began)
-        accepted = torch.zeros(num_rows, dtype=torch.bool)
-        accepted[walk.rows[walk.rows >= 0]] = True
-        request = torch.repeat_interleave(trees.cu_num_rows.diff())
-        node = torch.arange(num_rows) - trees.roots[request] - 1
-        self.budget.verified(req_ids, request, node, trees.depths[trees.logits_indices], accepted)
+        accepted = np.zeros(num_rows, dtype=bool)
+        rows, first = walk.rows.numpy(), trees.cu_num_rows.numpy()
+        accepted[rows[rows >= 0]] = True
+        request = np.repeat(np.arange(len(first) - 1), np.diff(first))
+        node = np.arange(num_rows) - first[request] - 1
+        depths = trees.depths.numpy()[trees.logits_indices.numpy()]
+        self.budget.verified(req_ids, request, node, depths, accepted)
 
     def asks_heads(
         self,

@@ -8,19 +8,15 @@ trees are the demo's. ``native_chain`` is vLLM's own Medusa without the plugin, 
 the whole vocabulary, which are derived once.
 
     python benchmarks/spec_bench.py examples/questions.jsonl --limit 2 --output build/spec_bench.json
+
+``--compare-heads`` asks how many tokens a step gives instead: with plain heads and with sequential ones, by tree.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import groupby
-from multiprocessing.connection import Connection
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +24,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# vLLM's CPU worker replaces torch.set_num_threads by a warning.
-from torch import set_num_threads
-
+from compare_heads import as_json, compare, print_comparison
+from dialogues import Answers, Batch, Engine, batches, contender, tokens_per_step
 from vllm_medusa.cli.errors import one_line_errors
-from vllm_medusa.demo.contenders import CONTENDERS, PLAIN, TITLES, fastest_dtype, plugins, speculative_configs
-from vllm_medusa.demo.engine import counters
-from vllm_medusa.demo.places import DIRECTORY, HEADS, MODEL, require_shipped
+from vllm_medusa.demo.contenders import CONTENDERS, NATIVE_CHAIN, PLAIN, TITLES, fastest_dtype, speculative_configs
+from vllm_medusa.demo.places import DIRECTORY, HEADS, MODEL, native_heads_of, require_shipped
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.questions import Question, read_questions
 from vllm_medusa.demo.report import machine
@@ -43,47 +37,7 @@ from vllm_medusa.files import write_json
 from vllm_medusa.progress import track
 from vllm_medusa.versions import installed_versions
 
-KV_CACHE_BYTES = 1 << 30
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Options of ``vllm.LLM``."""
-
-    target: str
-    dtype: str
-    speculative_config: dict[str, Any] | None
-    max_model_len: int
-    max_num_seqs: int
-    threads: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Questions of one category that are answered at the same time, and the most tokens of an answer."""
-
-    questions: tuple[Question, ...]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What an engine made of a batch.
-
-    Attributes:
-        tokens: the token ids of each answer, ``[questions][turns]``.
-        seconds: from the questions to the last answer, prompts included.
-        drafts: number of drafts, by vLLM's counter.
-        accepted: number of accepted tokens, by vLLM's counter.
-
-    """
-
-    tokens: list[list[list[int]]]
-    seconds: float
-    drafts: int
-    accepted: int
 
 
 Results = dict[str, list[tuple[str, Answers]]]
@@ -95,6 +49,12 @@ def spec_bench(
     file: Annotated[Path, typer.Argument(help="Questions in Spec-Bench's format, a JSON object a line.")],
     target: Annotated[Path, typer.Option(help="A chat model; the default one is fetched if it is missing.")] = MODEL,
     heads: Annotated[Path, typer.Option(help="Its heads.")] = HEADS,
+    native_heads: Annotated[
+        Path | None, typer.Option(help="Plain heads, for vLLM's own chain. Default: those beside the default heads.")
+    ] = None,
+    compare_heads: Annotated[
+        bool, typer.Option(help="Compare the plain heads with the others by tokens per step.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each category; default: all.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Questions at the same time; may repeat.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 128,
@@ -118,19 +78,34 @@ def spec_bench(
         require_model(target, "--target")
         share_environment()
         threads = machine()["cores"]  # Only one engine works at a time.
-        engines = {
-            name: Engine(str(target), dtype or fastest_dtype(), config, max_model_len, max(sizes), threads)
-            for name, config in speculative_configs(names, target, heads, DIRECTORY).items()
+        plain = Engine(str(target), dtype or fastest_dtype(), None, max_model_len, max(sizes), threads)
+        native = native_heads_of(heads, native_heads)
+        configs = speculative_configs(names, target, heads, native, DIRECTORY)
+        details = {
+            "machine": machine(),
+            "versions": installed_versions(),
+            "command": " ".join(sys.argv),
+            "questions": len(questions),
         }
-        by_batch = {str(size): summarise(race) for size, race in races(engines, questions, sizes, tokens)}
         console = Console()
+        if compare_heads:
+            kinds = {"plain": native, "sequential": heads}
+            found = compare(kinds, configs[NATIVE_CHAIN], plain, list(batches(questions, sizes[0], tokens)))
+            print_comparison(found, console)
+            write(output, {**details, **as_json(found)}, console)
+            return
+        engines = {name: plain.with_drafts(config) for name, config in configs.items()}
+        by_batch = {str(size): summarise(race) for size, race in races(engines, questions, sizes, tokens)}
         for size, summary in by_batch.items():
             print_table(summary, size, console)
-        if output is not None:
-            details = {"machine": machine(), "versions": installed_versions(), "command": " ".join(sys.argv)}
-            first = by_batch[str(sizes[0])]
-            write_json(output, {**details, "questions": len(questions), "contenders": first, "by_batch": by_batch})
-            console.print(f"Written: {output}")
+        write(output, {**details, "contenders": by_batch[str(sizes[0])], "by_batch": by_batch}, console)
+
+
+def write(output: Path | None, results: dict[str, Any], console: Console) -> None:
+    """Write the results if a file is asked for."""
+    if output is not None:
+        write_json(output, results)
+        console.print(f"Written: {output}")
 
 
 def races(
@@ -140,66 +115,16 @@ def races(
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
         for name, engine in track(list(engines.items()), "Starting engines"):
-            log = Path("build/spec_bench") / f"{name}.log"
-            contenders[name] = stack.enter_context(Contender(name, serve, (engine,), plugins(name), log))
+            contenders[name] = stack.enter_context(contender(name, engine))
             contenders[name].answer()
-        for contender in contenders.values():
-            contender.ask(Batch((questions[0],), 16))  # The first step of a kind takes longer.
+        for each in contenders.values():
+            each.ask(Batch((questions[0],), 16))  # The first step of a kind takes longer.
         for size in sizes:
             results: Results = {name: [] for name in contenders}
             for batch in track(list(batches(questions, size, tokens)), f"{size} at once, batches"):
-                for name, contender in contenders.items():
-                    results[name].append((batch.questions[0].category, contender.ask(batch)))
+                for name, each in contenders.items():
+                    results[name].append((batch.questions[0].category, each.ask(batch)))
             yield size, results
-
-
-def batches(questions: Sequence[Question], size: int, tokens: int) -> Iterable[Batch]:
-    """Cut the questions, which are sorted by category, into batches of one category each."""
-    for _, group in groupby(questions, attrgetter("category")):
-        each = tuple(group)
-        for start in range(0, len(each), size):
-            yield Batch(each[start : start + size], tokens)
-
-
-def serve(connection: Connection, engine: Engine) -> None:
-    """Be a contender: send ``None`` after the start, then an ``Answers`` for each ``Batch``."""
-    from vllm import LLM, SamplingParams
-
-    set_num_threads(engine.threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
-    gc.freeze()
-    llm = LLM(
-        model=engine.target,
-        dtype=engine.dtype,
-        speculative_config=engine.speculative_config,
-        enforce_eager=True,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        disable_log_stats=False,
-        seed=0,
-    )
-    connection.send(None)
-    while True:
-        batch: Batch = connection.recv()
-        connection.send(answer(llm, batch, SamplingParams(temperature=0, max_tokens=batch.tokens)))
-
-
-def answer(llm: Any, batch: Batch, params: Any) -> Answers:
-    """Answer a batch's questions, turn by turn; questions with fewer turns leave early."""
-    before, start = counters(llm), time.perf_counter()
-    dialogues: list[list[dict[str, str]]] = [[] for _ in batch.questions]
-    tokens: list[list[list[int]]] = [[] for _ in batch.questions]
-    for turn in range(max(len(question.turns) for question in batch.questions)):
-        asked = [index for index, question in enumerate(batch.questions) if turn < len(question.turns)]
-        for index in asked:
-            dialogues[index].append({"role": "user", "content": batch.questions[index].turns[turn]})
-        outputs = llm.chat([dialogues[index] for index in asked], params, use_tqdm=False)
-        for index, output in zip(asked, outputs, strict=True):
-            dialogues[index].append({"role": "assistant", "content": output.outputs[0].text})
-            tokens[index].append(list(output.outputs[0].token_ids))
-    seconds = time.perf_counter() - start
-    added = {name: value - before[name] for name, value in counters(llm).items()}
-    return Answers(tokens, seconds, added["drafts"], added["accepted"])
 
 
 def summarise(results: Results) -> dict[str, dict[str, Any]]:
@@ -214,10 +139,9 @@ def summarise(results: Results) -> dict[str, dict[str, Any]]:
     def figures(name: str, category: str | None) -> dict[str, float]:
         chosen = [index for index, (each, _) in enumerate(plain) if category in (None, each)]
         own, reference = ([run[index][1] for index in chosen] for run in (results[name], plain))
-        drafts, accepted = (sum(map(attrgetter(field), own)) for field in ("drafts", "accepted"))
         pairs = [pair for a, b in zip(own, reference, strict=True) for pair in zip(a.tokens, b.tokens, strict=True)]
         return {
-            "tokens_per_step": 1 + accepted / drafts if drafts else 1.0,
+            "tokens_per_step": tokens_per_step(own),
             "tokens_per_second": tokens_per_second(own),
             "speedup": tokens_per_second(own) / tokens_per_second(reference),
             "identical_texts": sum(a == b for a, b in pairs) / len(pairs),

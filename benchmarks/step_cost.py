@@ -273,9 +273,9 @@ def time_heads(clock: Callable[[], float]) -> list[float]:
 
     propose, times = MedusaProposer.propose, []
 
-    def timed(self: MedusaProposer, hidden: torch.Tensor, chained: torch.Tensor | None = None) -> Drafts:
+    def timed(self: MedusaProposer, *arguments: Any) -> Drafts:
         begin = clock()
-        drafts = propose(self, hidden, chained)
+        drafts = propose(self, *arguments)
         times.append(clock() - begin)
         vocab = self.vllm_config.model_config.get_vocab_size()
         return replace(drafts, tokens=torch.randint_like(drafts.tokens, vocab))
@@ -298,6 +298,7 @@ def speculation(kind: Kind, models: Models) -> dict[str, Any] | None:
         "model": models.heads,
         "num_speculative_tokens": kind.rows - 1,
         "medusa_tree": tree,
+        "medusa_budget": "off",
     }
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +30,9 @@ DEFAULT_NUM_NODES = {"cpu": 7, "cuda": 31}
 """Nodes of a sparse or dynamic tree where ``num_speculative_tokens`` is not given: on a CPU each row costs compute, so
 few."""
 
+BUDGETED_NUM_NODES = {"cpu": 15, "cuda": 31}
+"""The same where a budget chooses among them, step by step."""
+
 CACHE_DTYPES = {
     "cpu": ("auto", "float16", "bfloat16"),
     "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
@@ -53,6 +55,8 @@ VLLM_OPTIONS = ("method", "model", "num_speculative_tokens", "draft_tensor_paral
 AcceptanceName = Literal["exact", "typical"]
 
 MedusaTree = str | list[int] | list[list[int]]
+
+MedusaBudget = str | int
 
 
 @config
@@ -81,6 +85,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Most tokens of each head that a sparse or dynamic tree may use."""
     medusa_min_probability: float | None = Field(default=None, ge=0, le=1)
     """The least probability, by the heads' own judgement, of a path that a dynamic tree drafts."""
+    medusa_budget: SkipValidation[MedusaBudget] = "auto"
+    """"auto" verifies the drafted nodes that pay, by what they are expected to give and what rows cost; "off" all of
+    them; a number the so many most probable ones of all requests in a step."""
     medusa_acceptance: AcceptanceName = "exact"
     """The rule by which drafted tokens are kept where a request names none; "exact" keeps the target's own output."""
     medusa_posterior_threshold: float = Field(default=0.09, ge=0, le=1)
@@ -117,6 +124,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                 "speculative_config: 'model' is missing; method 'medusa' needs the heads' directory or repository"
             )
         heads: str = self.model
+        self._check_budget()
         self._check_target()
         try:
             require_name(heads)
@@ -156,12 +164,13 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
 
     @property
     def tree(self) -> Tree:
-        """The resolved tree; a dynamic one leaves no improbable path out unless the options say so."""
-        return self.build_tree(default_min_probability=0.0)
+        """The resolved tree."""
+        return self._tree_options.build(self.medusa_tree)
 
-    def build_tree(self, default_min_probability: float) -> Tree:
-        """Build the resolved tree; the default is for dynamic trees whose options name no least probability."""
-        return replace(self._tree_options, default_min_probability=default_min_probability).build(self.medusa_tree)
+    @property
+    def judged_tree(self) -> Tree:
+        """The resolved tree, and its drafts say how probable their paths are, which a budget asks for."""
+        return self._tree_options.judge(self.tree)
 
     def __repr__(self) -> str:
         return (
@@ -232,12 +241,19 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             accuracies=heads.medusa_accuracies,
             path_accuracies=paths_of(heads.medusa_path_accuracies or {}),
             num_nodes=self.num_speculative_tokens,
-            default_num_nodes=DEFAULT_NUM_NODES[platform],
+            default_num_nodes=(BUDGETED_NUM_NODES if self.medusa_budget == "auto" else DEFAULT_NUM_NODES)[platform],
             top_k=self.medusa_top_k,
             min_probability=self.medusa_min_probability,
-            default_min_probability=0.0,
             sequential=heads.sequential_path_rank is not None,
         )
+
+    def _check_budget(self) -> None:
+        budget = self.medusa_budget
+        if budget not in ("auto", "off") and (type(budget) is not int or budget < 1):
+            raise ValueError(
+                f"speculative_config: medusa_budget is {shortened(budget)}; give 'auto', 'off', or the most nodes that "
+                "all requests of a step verify together, an integer of at least 1"
+            )
 
     def _check_target(self) -> None:
         """Refuse targets that Medusa cannot serve, whatever the tree."""

@@ -39,9 +39,8 @@ class Server:
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def counters(self) -> dict[str, float]:
-        """Prometheus' counters of speculation, by what comes after ``vllm:spec_decode_num_``."""
-        prefix = "vllm:spec_decode_num_"
+    def counters(self, prefix: str = "vllm:spec_decode_num_") -> dict[str, float]:
+        """Prometheus' counters of speculation, by what comes after the prefix; those of one name are summed."""
         found: dict[str, float] = {}
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
             for sample in family.samples:

@@ -145,7 +145,7 @@ def test_concurrent_requests_say_what_each_says_alone(
 
 
 def test_prometheus_counts_drafted_and_accepted_tokens(server: Server, prompts: list[list[int]]) -> None:
-    before = server.counters()
+    before, own_before = server.counters(), server.counters("medusa:")
     server.client.completions.create(
         model=MODEL, prompt=prompts[0], max_tokens=TOKENS, temperature=0.0, extra_body={"ignore_eos": True}
     )
@@ -159,6 +159,9 @@ def test_prometheus_counts_drafted_and_accepted_tokens(server: Server, prompts: 
     assert accepted > 0
     assert by_position == accepted
     assert 12 * (drafts - 1) < drafted <= 15 * drafts
+    own = {name: value - own_before.get(name, 0) for name, value in server.counters("medusa:").items()}
+    assert (own["drafted_steps"], own["verified_nodes"], own["accepted_nodes"]) == (drafts, drafted, accepted)
+    assert drafts <= own["steps"] <= TOKENS
 
 
 @pytest.mark.parametrize(

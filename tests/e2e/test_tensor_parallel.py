@@ -5,16 +5,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.parallel import decode, no_process_left
 
 
+@pytest.mark.parametrize("heads", ["tiny_heads", "tiny_sequential_heads"])
 def test_two_ranks_say_what_one_says_and_grow_the_same_trees(
-    tiny_target: Path, tiny_heads: Path, four_prompts: list[list[int]]
+    heads: str, tiny_target: Path, four_prompts: list[list[int]], request: pytest.FixtureRequest
 ) -> None:
-    alone = decode(tiny_target, tiny_heads, four_prompts, "dynamic")
+    trained = request.getfixturevalue(heads)
+    alone = decode(tiny_target, trained, four_prompts, "dynamic")
     assert alone.counters.accepted > 0
     with no_process_left():
         together = decode(
-            tiny_target, tiny_heads, four_prompts, "dynamic", tensor_parallel_size=2, distributed_executor_backend="mp"
+            tiny_target, trained, four_prompts, "dynamic", tensor_parallel_size=2, distributed_executor_backend="mp"
         )
     assert together == alone

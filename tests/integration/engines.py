@@ -54,7 +54,7 @@ def engine(
     assert not _open_engines, "another engine is open; close it first"
     speculative = dict(options.pop("speculative_config", None) or {})
     if heads is not None:
-        speculative = {"method": "medusa", "model": str(heads), **speculative}
+        speculative = {"method": "medusa", "model": str(heads), "medusa_budget": "off", **speculative}
         if tree is not None:
             speculative["medusa_tree"] = tree
     if torch.get_num_threads() > 1:

@@ -27,27 +27,37 @@ pytestmark = [
 STAGES = {"plan": 1, "verification": 1, "commit": 1, "proposal": 2, "other": 2}
 STATIC = {**STAGES, "graph": 10}
 DYNAMIC = {**STAGES, "graph": 29}
+SEQUENTIAL = {**STATIC, "proposal": 3, "graph": 50}
+SEQUENTIAL_DYNAMIC = {**DYNAMIC, "proposal": 3, "graph": 95}
 CHAIN = {**STAGES, "commit": 0, "graph": 10}
 """Of one step, with four heads, two layers and one KV cache group, in fp32; docs/architecture.md states them. All other
 launches are the layers' attention, which a GPU has in the target's graph; here chains have the trees' attention too."""
 
 
 @pytest.mark.parametrize(
-    ("tree", "launches"),
-    [([3, 2, 1], STATIC), ("dynamic", DYNAMIC), ("chain", CHAIN)],
-    ids=["static", "dynamic", "chain"],
+    ("tree", "heads", "launches"),
+    [
+        ([3, 2, 1], "tiny_heads", STATIC),
+        ("dynamic", "tiny_heads", DYNAMIC),
+        ("chain", "tiny_heads", CHAIN),
+        ([3, 2, 1], "tiny_sequential_heads", SEQUENTIAL),
+        ("dynamic", "tiny_sequential_heads", SEQUENTIAL_DYNAMIC),
+    ],
+    ids=["static", "dynamic", "chain", "sequential static", "sequential dynamic"],
 )
 def test_a_step_launches_few_kernels_and_waits_for_none(
     tree: Tree,
+    heads: str,
     launches: dict[str, int],
     tiny_target: Path,
-    tiny_heads: Path,
     held_out_prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    trained = request.getfixturevalue(heads)
     seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
     steps: list[Counter[str]] = []
-    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm, recorded_graphs():
+    with engine(tiny_target, heads=trained, tree=tree, max_num_batched_tokens=128) as llm, recorded_graphs():
         runner, watch = model_runner(llm), Watch(stage="other", whole=frozenset({"proposal"}))
         verifier = runner.rejection_sampler
         runner.speculator.proposer.model.lm_heads.parts.clear()  # Multiply as on a GPU, all heads at once.

@@ -44,13 +44,18 @@ def num_replays(graphs: ProposalGraphs) -> list[int]:
     return [graph.replays for _, graph in sorted(graphs.graphs.items(), key=lambda each: each[0].num_tokens)]
 
 
-@pytest.mark.parametrize("tree", [[3, 2, 1], "dynamic"])
+@pytest.mark.parametrize(
+    ("tree", "heads"),
+    [([3, 2, 1], "tiny_heads"), ("dynamic", "tiny_heads"), ("dynamic", "tiny_sequential_heads")],
+    ids=["static", "dynamic", "sequential"],
+)
 def test_replayed_proposals_are_those_of_the_heads(
-    tree: Tree, tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[int]]
+    tree: Tree, heads: str, tiny_target: Path, held_out_prompts: list[list[int]], request: pytest.FixtureRequest
 ) -> None:
     torch.manual_seed(0)
     prompts = held_out_prompts[:3]
-    with engine(tiny_target, heads=tiny_heads, tree=tree, max_num_batched_tokens=128) as llm, recorded_graphs():
+    options = {"heads": request.getfixturevalue(heads), "tree": tree, "max_num_batched_tokens": 128}
+    with engine(tiny_target, **options) as llm, recorded_graphs():
         runner = model_runner(llm)
         expected = texts(llm, prompts)
         graphs = capture(runner)

@@ -17,6 +17,7 @@ from tests.unit.engine_configs import LLAMA, Models
 from tests.unit.refusals.options import MROPE, RSWA
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER
 from vllm_medusa.config import (
+    BUDGETED_NUM_NODES,
     CAPTURE_SPACING,
     DEFAULT_NUM_NODES,
     MAX_CAPTURED_ROWS,
@@ -24,7 +25,7 @@ from vllm_medusa.config import (
     check_engine,
     medusa_config,
 )
-from vllm_medusa.runner.proposer import V1_MIN_PROBABILITY, MedusaProposer
+from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import MAX_NODES, StaticTree, cartesian
 
@@ -38,7 +39,7 @@ def test_the_method_and_the_heads_are_all_that_must_be_given(models: Models) -> 
     config = models.configure({})
     medusa = medusa_config(config)
     assert medusa is not None
-    assert medusa.num_speculative_tokens == DEFAULT_NUM_NODES["cpu"] == len(medusa.tree) - 1
+    assert medusa.num_speculative_tokens == BUDGETED_NUM_NODES["cpu"] == len(medusa.tree) - 1
     assert not medusa.tree.topology.is_chain
     assert medusa.heads.num_heads == 4
     assert (medusa.method, medusa.model) == (ENGINE_METHOD, PROPOSER)
@@ -121,7 +122,7 @@ def test_a_sparse_tree_grows_from_the_checkpoints_paths_where_there_are_enough(m
 
 
 @pytest.mark.parametrize("form", ["option", "file", "checkpoint"])
-def test_a_dynamic_tree_has_the_nodes_asked_for_and_the_least_probability_that_the_engine_gives(
+def test_a_dynamic_tree_has_the_nodes_and_the_least_probability_asked_for(
     models: Models, tmp_path: Path, form: str
 ) -> None:
     path = tmp_path / "tree.json"
@@ -133,23 +134,33 @@ def test_a_dynamic_tree_has_the_nodes_asked_for_and_the_least_probability_that_t
     }[form]
     default = models.medusa(dict(options))
     assert isinstance(default.tree, DynamicTree)
-    assert (default.medusa_tree, default.num_speculative_tokens) == ("dynamic", DEFAULT_NUM_NODES["cpu"])
-    given = default.build_tree(default_min_probability=0.25)
-    assert isinstance(given, DynamicTree)
-    assert (given.top_k, given.min_probability) == (7, 0.25)
+    assert (default.medusa_tree, default.num_speculative_tokens) == ("dynamic", BUDGETED_NUM_NODES["cpu"])
+    assert (default.tree.top_k, default.tree.min_probability) == (10, 0.0)
     asked = models.medusa(
-        {**options, "num_speculative_tokens": 20, "medusa_top_k": 3, "medusa_min_probability": 0.0}
-    ).build_tree(default_min_probability=0.25)
+        {**options, "num_speculative_tokens": 20, "medusa_top_k": 3, "medusa_min_probability": 0.25}
+    ).tree
     assert isinstance(asked, DynamicTree)
-    assert (asked.num_nodes, asked.top_k, asked.min_probability) == (20, 3, 0.0)
+    assert (asked.num_nodes, asked.top_k, asked.min_probability) == (20, 3, 0.25)
 
 
-@pytest.mark.parametrize(("is_v2", "floor"), [(False, V1_MIN_PROBABILITY), (True, 0.0)])
-def test_the_model_runner_decides_the_least_probability_of_paths(models: Models, is_v2: bool, floor: float) -> None:
-    options = models.medusa({"medusa_tree": "dynamic"})
+@pytest.mark.parametrize("budget", ["off", 8])
+def test_a_tree_of_which_no_part_is_chosen_by_cost_is_small_on_a_cpu(models: Models, budget: str | int) -> None:
+    medusa = models.medusa({"medusa_budget": budget})
+    assert (medusa.medusa_budget, medusa.num_speculative_tokens) == (budget, DEFAULT_NUM_NODES["cpu"])
+    assert DEFAULT_NUM_NODES["cpu"] < BUDGETED_NUM_NODES["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "is_v2", "is_judged"),
+    [("auto", False, True), (8, False, True), ("off", False, False), ("auto", True, False)],
+)
+def test_drafts_of_a_static_tree_say_how_probable_they_are_where_a_budget_asks(
+    models: Models, budget: str | int, is_v2: bool, is_judged: bool
+) -> None:
+    options = models.medusa({"medusa_budget": budget, "medusa_tree": [20, 2, 1]})
     tree = MedusaProposer(SimpleNamespace(speculative_config=options, use_v2_model_runner=is_v2)).tree
-    assert isinstance(tree, DynamicTree)
-    assert tree.min_probability == floor
+    assert isinstance(tree, StaticTree)
+    assert (tree.log_probs is not None) is is_judged
 
 
 def test_num_speculative_tokens_cuts_a_tree_to_its_first_nodes(models: Models) -> None:
@@ -184,7 +195,7 @@ def test_a_gpu_gets_its_worker_and_a_wider_tree(models: Models, monkeypatch: pyt
     monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
     config = models.configure({})
     assert config.parallel_config.worker_cls == "vllm_medusa.runner.gpu_worker.MedusaGPUWorker"
-    assert config.speculative_config.num_speculative_tokens == DEFAULT_NUM_NODES["cuda"] > DEFAULT_NUM_NODES["cpu"]
+    assert config.speculative_config.num_speculative_tokens == DEFAULT_NUM_NODES["cuda"] > BUDGETED_NUM_NODES["cpu"]
 
 
 def test_a_gpu_takes_a_branching_tree_with_an_fp8_cache(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vllm_medusa.checkpoint.confined import require_inside
+from vllm_medusa.checkpoint.entries import refuse_hydra
 from vllm_medusa.checkpoint.format import CONFIG_FILE, HeadsSpec, write_heads
 from vllm_medusa.checkpoint.published import (
     BASE_MODEL,
@@ -83,8 +84,8 @@ def convert(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty; give a directory that does not exist")
-    weights = Weights.find(source)
     config = read_config(source)
+    weights = Weights.find(source)
     whole_model = bool(HeadNames.of(weights).others)
     with replaced_directory(output) as temporary:
         if whole_model:
@@ -135,6 +136,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not an object; download it again")
+    refuse_hydra(config, str(path))
     return config
 
 

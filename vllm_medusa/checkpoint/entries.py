@@ -15,6 +15,9 @@ from vllm_medusa.messages import shortened
 PUBLISHED_NAMES = {"medusa_num_heads": "num_heads", "medusa_num_layers": "num_hidden_layers"}
 """The original repository's keys, and vLLM 0.32's names for them."""
 
+HYDRA_HEADS = "hydra_num_heads"
+"""What only the ``config.json`` of published Hydra heads has (arXiv 2402.05109)."""
+
 MOST_HEADS = 64
 MOST_LAYERS = 64
 MOST_TOKENS = 2**24
@@ -99,6 +102,7 @@ def check_entries(stored: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(stored, dict):
         raise ValueError(f"{where} holds {shortened(stored)}, not an object; download it again")
+    refuse_hydra(stored, where)
     keys = {PUBLISHED_NAMES.get(key, key): key for key in stored}
     try:
         _Entries.model_validate({name: stored[key] for name, key in keys.items()})
@@ -107,6 +111,15 @@ def check_entries(stored: Any, where: str) -> dict[str, Any]:
         must = _Entries.model_fields[name].description
         raise ValueError(f"{where} has {keys[name]} {shortened(stored[keys[name]])}; it must be {must}") from None
     return stored
+
+
+def refuse_hydra(stored: Mapping[str, Any], where: str) -> None:
+    """Raise ``ValueError`` for published Hydra heads, whose layers are of another kind than ``training.paths``."""
+    if HYDRA_HEADS in stored:
+        raise ValueError(
+            f"{where} has {HYDRA_HEADS} {shortened(stored[HYDRA_HEADS])}: published Hydra heads, whose layers cannot "
+            "be read; train heads that read their path with vllm-medusa train --path-rank"
+        )
 
 
 def read_entries(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ SIGNATURES: Final = {
     f"{V1}.__init__": "self, vllm_config, device",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model": "self, load_dummy_weights",
     f"{V1}.initialize_kv_cache": "self, kv_cache_config, is_profiling, kv_cache_allocation_context",
+    f"{V1}.execute_model": "self, scheduler_output, intermediate_tensors",
     f"{V1}._prepare_inputs": "self, scheduler_output, num_scheduled_tokens",
     f"{V1}._build_attention_metadata": (
         "self, num_tokens, num_reqs, max_query_len, num_tokens_padded, num_reqs_padded, ubatch_slices, logits_indices, "
@@ -66,6 +67,7 @@ SIGNATURES: Final = {
     ),
     # Overridden: the worker and attention.
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
+    "vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model": "self",
     f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder._set_isa_to_layers": "self, layer_names",
     f"{CPU_ATTENTION}:CPUAttentionMetadataBuilder.build": BUILD,
     f"{CPU_ATTENTION}:CPUAttentionBackendImpl.forward": FORWARD,
@@ -125,6 +127,14 @@ SIGNATURES: Final = {
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.is_overridden": "self",
     "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": "vllm_config",
     f"{V1}._attn_group_iterator": "self",
+    f"{V1}._dummy_run": (
+        "self, num_tokens, cudagraph_runtime_mode, force_attention, uniform_decode, allow_microbatching, skip_eplb, "
+        "is_profile, create_mixed_batch, remove_lora, is_graph_capturing, num_active_loras, profile_seq_lens, "
+        "randomize_inputs"
+    ),
+    "vllm.distributed.parallel_state:get_tp_group": "",
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "self, obj, src",
+    "vllm.config.model:ModelConfig.compute_hash": "self",
     f"{CPU_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update": "self, layer, key, value, kv_cache, slot_mapping",
     "vllm.v1.sample.sampler:Sampler.forward": (
         "self, logits, sampling_metadata, predict_bonus_token, logprobs_mode_override"
@@ -177,7 +187,8 @@ FIELDS: Final = {
         "speculative_config kv_transfer_config cache_config parallel_config compilation_config scheduler_config "
         "uniform_decode_query_len"
     ),
-    "vllm.config.compilation:CompilationConfig": "cudagraph_capture_sizes max_cudagraph_capture_size",
+    "vllm.distributed.parallel_state:GroupCoordinator": "rank_in_group",
+    "vllm.config.compilation:CompilationConfig": "mode cudagraph_capture_sizes max_cudagraph_capture_size",
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
         "slot_mapping positions is_prefilling seq_lens_cpu_upper_bound rswa_prefix_lens req_idx mm_req_doc_ranges "
@@ -213,7 +224,8 @@ FIELDS: Final = {
     ),
     "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_output_token_ids block_table sampling_metadata",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner": (
-        "input_batch requests positions input_ids seq_lens discard_request_mask drafter sampler compilation_config"
+        "input_batch requests positions input_ids seq_lens discard_request_mask drafter sampler compilation_config "
+        "scheduler_config max_num_tokens dtype model vllm_config"
     ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
         "req_states sampler rejection_sampler speculator attn_groups kv_cache_config compilation_config max_num_reqs "

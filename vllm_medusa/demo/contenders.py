@@ -31,7 +31,7 @@ TREES: dict[str, dict[str, Any]] = {TREE: SMALL_TREE, TREE_WIDE: WIDE_TREE}
 
 
 def speculative_configs(
-    names: Sequence[str], target: Path, heads: Path, directory: Path
+    names: Sequence[str], target: Path, heads: Path, plain_heads: Path, directory: Path
 ) -> dict[str, dict[str, Any] | None]:
     """Return the ``--speculative-config`` of each contender.
 
@@ -39,6 +39,7 @@ def speculative_configs(
         names: some of ``CONTENDERS``.
         target: the target's directory.
         heads: its heads' directory.
+        plain_heads: the heads of vLLM's own chain.
         directory: where heads for vLLM's own chain are kept (see ``native_heads``).
 
     Raises:
@@ -51,8 +52,8 @@ def speculative_configs(
         if name == PLAIN:
             configs[name] = None
         elif name == NATIVE_CHAIN:
-            depth = {"num_speculative_tokens": read_spec(heads).num_heads}
-            configs[name] = {"method": "medusa", "model": str(native_heads(heads, target, directory)), **depth}
+            depth = {"num_speculative_tokens": read_spec(plain_heads).num_heads}
+            configs[name] = {"method": "medusa", "model": str(native_heads(plain_heads, target, directory)), **depth}
         else:
             configs[name] = {"method": "medusa", "model": str(heads), **TREES[name]}
     return configs

@@ -37,6 +37,8 @@ class Engine:
     speculative_config: dict[str, Any] | None
     max_model_len: int = 1024
     enable_prefix_caching: bool = False
+    max_num_seqs: int = 16
+    kv_cache_memory_bytes: int = 1 << 28
 
     def open(self) -> LLM:
         """Start the engine in this process."""
@@ -48,9 +50,9 @@ class Engine:
             dtype=self.dtype,
             speculative_config=self.speculative_config,
             enforce_eager=True,
-            kv_cache_memory_bytes=1 << 28,
+            kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             max_model_len=self.max_model_len,
-            max_num_seqs=16,
+            max_num_seqs=self.max_num_seqs,
             skip_tokenizer_init=True,
             disable_log_stats=False,
             enable_prefix_caching=self.enable_prefix_caching,

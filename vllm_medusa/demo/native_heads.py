@@ -29,11 +29,17 @@ def native_heads(heads: Path, target: Path, directory: Path) -> Path:
         directory: where derived heads are kept, under a name that follows from the content of heads and LM head.
 
     Raises:
-        ValueError: the heads have LM heads of their own over a draft vocabulary, or belong to another target.
+        ValueError: the heads read paths, have LM heads of their own over a draft vocabulary, or belong to another
+            target.
         OSError: a file cannot be read or written.
 
     """
     spec = read_spec(heads)
+    if spec.path_rank is not None:
+        raise ValueError(
+            f"{heads}: vLLM's own chain runs plain heads, and these read the path to a node; give plain ones with "
+            "--native-heads"
+        )
     if spec.draft_vocab_size is None:
         return heads
     if not spec.shared_lm_head:

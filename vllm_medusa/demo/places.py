@@ -9,8 +9,16 @@ DIRECTORY = Path("build/demo")
 """Where derived heads, logs and results are kept."""
 
 MODEL = Path("build/smollm2")
-HEADS = Path("examples/heads/smollm2-135m-instruct")
+HEADS = Path("examples/heads/smollm2-135m-instruct-sequential")
+NATIVE_HEADS = Path("examples/heads/smollm2-135m-instruct")
+"""Plain heads, the only ones that vLLM's own chain runs."""
+
 QUESTIONS = Path("examples/questions.jsonl")
+
+
+def native_heads_of(heads: Path, given: Path | None) -> Path:
+    """Return the heads of vLLM's own chain: the given ones, else those beside the default heads, else the heads."""
+    return given or (NATIVE_HEADS if heads == HEADS else heads)
 
 
 def require_shipped(path: Path, option: str) -> None:

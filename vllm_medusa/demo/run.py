@@ -34,6 +34,7 @@ class DemoSettings:
         directory: where derived heads, logs and results are kept.
         model: a chat model's directory; the default one is fetched if it is missing.
         heads: its heads' directory.
+        native_heads: the heads of vLLM's own chain, plain ones.
         questions: a file of questions (see ``read_questions``); their first turns are asked.
         limit: questions of each kind; None: all.
         tokens: most tokens of an answer.
@@ -43,6 +44,7 @@ class DemoSettings:
     directory: Path
     model: Path
     heads: Path
+    native_heads: Path
     questions: Path
     limit: int | None
     tokens: int
@@ -53,6 +55,7 @@ def run_demo(settings: DemoSettings) -> None:
     console = Console()
     require_shipped(settings.questions, "--questions")
     require_shipped(settings.heads, "--heads")
+    require_shipped(settings.native_heads, "--native-heads")
     require_model(settings.model, "--model")
     questions = read_questions(settings.questions, settings.limit)
     kinds = [question.category for question in questions]
@@ -60,7 +63,9 @@ def run_demo(settings: DemoSettings) -> None:
     race = Race(
         target=settings.model,
         dtype=fastest_dtype(),
-        configs=speculative_configs(CONTENDERS, settings.model, settings.heads, settings.directory),
+        configs=speculative_configs(
+            CONTENDERS, settings.model, settings.heads, settings.native_heads, settings.directory
+        ),
         prompts=[encode_question(tokenizer, question) for question in questions],
         wide_asked=first_of_each(kinds, WIDE_ANSWERS),
         tokens=settings.tokens,
@@ -74,6 +79,7 @@ def run_demo(settings: DemoSettings) -> None:
     details: dict[str, Any] = {
         "model": str(settings.model),
         "heads": str(settings.heads),
+        "native_heads": str(settings.native_heads),
         "questions": str(settings.questions),
         "tokens": settings.tokens,
         "trees": TREES,

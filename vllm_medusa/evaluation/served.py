@@ -90,7 +90,11 @@ class ServedLevels:
         self._served, self._hidden = served, hidden
         self._paths: torch.Tensor | None = None  # [positions, nodes, depth], int64
 
-    def children(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top_tokens(self, asked: Asked, top_k: int) -> torch.Tensor:
+        """Ask the next head (see ``LevelHeads``)."""
+        return self.top_predictions(asked, top_k)[1]
+
+    def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ask the next head (see ``LevelHeads``)."""
         paths = asked.tokens[:, :, None]
         if self._paths is not None and asked.parents is not None:
@@ -100,7 +104,7 @@ class ServedLevels:
         hidden = self._hidden.repeat_interleave(paths.shape[1], dim=0)
         found = self._served.top(paths.shape[2] - 1, hidden, top_k, paths.flatten(0, 1))
         tokens, log_probs = (each.view(*paths.shape[:2], top_k) for each in found)
-        return tokens, log_probs
+        return log_probs, tokens
 
 
 def draft(

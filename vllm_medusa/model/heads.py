@@ -180,14 +180,18 @@ class MedusaHeads(nn.Module):
         head: int,
         states: torch.Tensor,  # [rows, hidden_size]
         top_k: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # both [rows, top_k]
+        return_log_probs: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``BestOfHead``."""
         lm_head = self._lm_head
         if isinstance(lm_head, OwnLMHeads):
             lm_head = lm_head.of_head(head)
-        if self._inverse_temperatures is not None:
+        if return_log_probs and self._inverse_temperatures is not None:
             lm_head = CalibratedLMHead(lm_head, self._inverse_temperatures[head : head + 1])
-        tokens, log_probs = self.logits_processor.get_top_k_tokens(lm_head, states, top_k, return_log_probs=True)
-        return tokens if self.token_map is None else self.token_map[tokens], log_probs
+        tokens, values = self.logits_processor.get_top_k_tokens(
+            lm_head, states, top_k, return_log_probs=return_log_probs
+        )
+        return values, tokens if self.token_map is None else self.token_map[tokens]
 
     @property
     def _lm_head(self) -> Any:

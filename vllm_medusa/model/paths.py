@@ -9,6 +9,7 @@ and one more term.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -76,6 +77,22 @@ class PathTerms(nn.Module):
         return self.down.get_parameter(rest[0]).data.unflatten(0, (-1, self.rank))[head]
 
 
+class BestOfHead(Protocol):
+    """A head's vocabulary."""
+
+    def __call__(
+        self,
+        head: int,
+        states: torch.Tensor,  # [rows, hidden_size]
+        top_k: int,
+        return_log_probs: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values and tokens, both ``[rows, top_k]``: the most probable tokens, best first.
+
+        Values are the tokens' log-probabilities if these are asked for, which reads all logits once more.
+        """
+
+
 class PathHeads:
     """A step's heads as ``LevelHeads``.
 
@@ -84,8 +101,7 @@ class PathHeads:
         sums: ``[num_reqs, 1, heads, rank]``: ``PathTerms.start``.
         terms: the layers that read paths.
         embed: the target's input embedding of tokens of any shape.
-        best: a head's most probable tokens for states ``[rows, hidden_size]``, and their log-probabilities, ``[rows,
-            top_k]``.
+        best: a head's most probable tokens (see ``BestOfHead``).
 
     """
 
@@ -95,13 +111,22 @@ class PathHeads:
         sums: torch.Tensor,
         terms: PathTerms,
         embed: Callable[[torch.Tensor], torch.Tensor],
-        best: Callable[[int, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
+        best: BestOfHead,
     ) -> None:
         self._states, self._sums, self._terms, self._embed, self._best = states, sums, terms, embed, best
         self._level = 0
 
-    def children(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top_tokens(self, asked: Asked, top_k: int) -> torch.Tensor:
         """Ask the next head (see ``LevelHeads``)."""
+        return self._ask(asked, top_k, return_log_probs=False)[1]
+
+    def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask the next head (see ``LevelHeads``)."""
+        log_probs, tokens = self._ask(asked, top_k, return_log_probs=True)
+        return log_probs.float(), tokens
+
+    def _ask(self, asked: Asked, top_k: int, return_log_probs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values and tokens of the nodes' children, both ``[num_reqs, nodes, top_k]`` (see ``BestOfHead``)."""
         level, sums = self._level, self._sums
         if asked.parents is not None:
             parents = asked.parents[:, :, None, None].expand(-1, -1, sums.shape[2] - 1, sums.shape[3])
@@ -111,6 +136,6 @@ class PathHeads:
         self._sums = sums = sums + self._terms.read(level, normed)
         self._level += 1
         states = self._states[level][:, None] + self._terms.term(level, sums[:, :, 0])
-        tokens, log_probs = self._best(level, states.flatten(0, 1), top_k)
+        values, tokens = self._best(level, states.flatten(0, 1), top_k, return_log_probs)
         shape = (*asked.tokens.shape, top_k)
-        return tokens.view(shape), log_probs.float().view(shape)
+        return values.view(shape), tokens.view(shape)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_medusa.compat.runners import cpu_runner
 
@@ -22,3 +23,9 @@ class MedusaCPUWorker(CPUWorker):
             self.vllm_config.speculative_config.method = "custom_class"
         with cpu_runner(MedusaModelRunner, v2=self.use_v2_model_runner):
             super().init_device()
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Let the budget learn what steps cost, before vLLM resets the random state and serves."""
+        if not self.use_v2_model_runner:
+            self.model_runner.learn_costs()
+        return super().compile_or_warm_up_model()

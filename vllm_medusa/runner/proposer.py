@@ -15,10 +15,6 @@ from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import StaticTree
 
-V1_MIN_PROBABILITY = 0.15
-"""Least probability of a dynamic tree's paths on V1, which serves CPUs: there a row costs about a seventh of what a
-further token saves. V2 verifies as many rows for every request, so leaving some out would save nothing."""
-
 
 class MedusaProposer:
     """Drafts a tree for each request from the heads' most probable tokens.
@@ -31,7 +27,8 @@ class MedusaProposer:
         assert options is not None
         self.vllm_config = vllm_config
         self.options = options
-        self.tree = options.build_tree(0.0 if vllm_config.use_v2_model_runner else V1_MIN_PROBABILITY)
+        has_budget = options.medusa_budget != "off" and not vllm_config.use_v2_model_runner
+        self.tree = options.judged_tree if has_budget else options.tree
         self.model: MedusaHeads
 
     def load_model(self, target_model: nn.Module) -> None:

@@ -75,7 +75,7 @@ class BeamTree:
         scores = torch.zeros(num_reqs, 1, device=roots.device)
         all_tokens, all_parents, all_scores = [asked.tokens], [own], [scores]
         for depth in range(1, self.depth + 1):
-            tokens, log_probs = heads.children(asked, self.top_k)
+            log_probs, tokens = heads.top_predictions(asked, self.top_k)
             of_path = scores[:, :, None] + log_probs.nan_to_num(nan=-math.inf, neginf=-math.inf)
             if chained is not None:
                 of_path[:, 1:].masked_fill_(chained[:, None, None], -math.inf)

@@ -37,8 +37,7 @@ class DynamicTree:
         num_heads: heads that draft, the deepest node's depth.
         num_nodes: most nodes of a tree, the root not counted.
         top_k: most tokens of each head that a tree may use.
-        min_probability: what a row has to be worth: the least probability of a path that is drafted, by the heads' own
-            judgement, and the least by which a tree's branches together exceed theirs.
+        min_probability: the least probability of a path that is drafted, by the heads' own judgement.
 
     Raises:
         ValueError: ``num_nodes`` is too many, more than ``MAX_CANDIDATES`` paths would have to be weighed, or fewer
@@ -93,7 +92,7 @@ class DynamicTree:
         log_probs: torch.Tensor,  # [num_reqs, heads, top_k], float32
         chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
-        """Grow each request's tree, best first (but the top-1 chain first where improbable paths are left out).
+        """Grow each request's tree, best first.
 
         Args:
             tokens: each head's most probable tokens, best first.
@@ -108,7 +107,7 @@ class DynamicTree:
         best = scores.sort(dim=1, descending=True, stable=True)
         candidate, scores = (each[:, : self.num_nodes + 1] for each in (best.indices, best.values))
         if self.min_probability:
-            candidate, scores = self._prune(candidate, scores)
+            scores = scores.masked_fill(scores < math.log(self.min_probability), -math.inf)
         row_of = candidate.new_empty(len(candidate), len(self._parent))
         row_of.scatter_(1, candidate, self._row.expand_as(candidate))
         node, scores = candidate[:, 1:], scores[:, 1:]
@@ -128,23 +127,6 @@ class DynamicTree:
         # No path is more probable than its parent, not by rounding either: the sum and the least only fall.
         scores = (terms * self._weight).sum(dim=-1) + terms.masked_fill(self._leaves, 0).amin(dim=-1) / 2
         return scores.nan_to_num_(nan=-math.inf, neginf=-math.inf)
-
-    def _prune(
-        self,
-        candidate: torch.Tensor,  # [num_reqs, num_rows], int64
-        scores: torch.Tensor,  # [num_reqs, num_rows], float32, logarithms of probabilities
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move rows that are not worth verifying to the end, with a score of -inf.
-
-        ``min_probability`` is what a row costs, in tokens. A tree that branches costs a masked attention pass besides,
-        about as much as a row; its branches stay if what they promise beyond their own cost pays for that. A chain that
-        comes first is where an ordinary sequence has it: what is accepted of it need not be moved in the KV cache.
-        """
-        on_chain, probable = self._on_chain[candidate], scores >= math.log(self.min_probability)
-        surplus = (scores.exp() - self.min_probability).masked_fill(~probable | on_chain, 0).sum(dim=1, keepdim=True)
-        kept = probable & (on_chain | (surplus >= self.min_probability))
-        order = torch.where(kept, (~on_chain).long(), 2).sort(dim=1, stable=True).indices
-        return candidate.gather(1, order), scores.masked_fill(~kept, -math.inf).gather(1, order)
 
     def _candidate_paths(self) -> list[Path]:
         """Return the paths that leave room for all that are at least as probable, those that need least room first."""

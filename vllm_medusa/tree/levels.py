@@ -28,15 +28,13 @@ class Asked:
 
 
 class LevelHeads(Protocol):
-    """Heads on one step's hidden states; each question goes to the next head."""
+    """Heads on one step's hidden states; each question, of either kind, goes to the next head."""
 
-    def children(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the nodes' most probable children and their log-probabilities, best first.
+    def top_tokens(self, asked: Asked, top_k: int) -> torch.Tensor:
+        """Return the nodes' most probable children, ``[num_reqs, nodes, top_k]``, int64, best first."""
 
-        Returns:
-            Twice ``[num_reqs, nodes, top_k]``: tokens, int64, and log-probabilities given the path, float32.
-
-        """
+    def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``top_tokens``, and before them their log-probabilities given the path, float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +95,7 @@ class LevelPlan:
         """Return the token of each node, ``[num_reqs, nodes]``, int64; ``heads`` have not been asked yet."""
         asked, found = Asked(roots[:, None]), []
         for level in self.levels:
-            tokens = heads.children(asked, level.top_k)[0].flatten(1)
+            tokens = heads.top_tokens(asked, level.top_k).flatten(1)
             found.append(tokens[:, level.places])
             asked = Asked(tokens[:, level.inner], (level.inner // level.top_k).expand(len(roots), -1))
         return torch.cat(found, dim=1)[:, self.order]

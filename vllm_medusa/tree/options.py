@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ import torch
 from vllm_medusa.files import read_json
 from vllm_medusa.messages import shortened, shortened_message
 from vllm_medusa.tree.beam import BeamTree
-from vllm_medusa.tree.best_first import IndependentHeads, JointPaths, best_first
+from vllm_medusa.tree.best_first import (
+    IndependentHeads,
+    JointPaths,
+    PathAccuracies,
+    best_first,
+    path_probabilities,
+)
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import Path as RankPath
 from vllm_medusa.tree.static import StaticTree, cartesian, chain, from_choices, validate_depth
@@ -50,8 +56,7 @@ class TreeOptions:
         num_nodes: most nodes, the root not counted; None leaves it to the tree.
         default_num_nodes: nodes of a sparse tree where ``num_nodes`` is None.
         top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
-        min_probability: the least probability of a path of a dynamic tree; None takes ``default_min_probability``.
-        default_min_probability: that of a dynamic tree where ``min_probability`` is None.
+        min_probability: the least probability of a path of a dynamic tree; None leaves none out.
         sequential: whether the heads read the path to a node.
 
     """
@@ -63,7 +68,6 @@ class TreeOptions:
     default_num_nodes: int
     top_k: int | None
     min_probability: float | None
-    default_min_probability: float
     sequential: bool = False
     path_accuracies: Mapping[RankPath, float] | None = None
 
@@ -109,13 +113,42 @@ class TreeOptions:
 
     def _dynamic(self) -> DynamicTree | BeamTree:
         top_k = min(self.top_k or DYNAMIC_TOP_K, self.vocab_size)
-        floor = self.default_min_probability if self.min_probability is None else self.min_probability
+        floor = self.min_probability or 0.0
         num_nodes = self.num_nodes or self.default_num_nodes
         if self.sequential:
             return BeamTree(self.num_heads, num_nodes, top_k, DYNAMIC_BEAM, floor)
         return DynamicTree(self.num_heads, num_nodes, top_k, floor)
 
-    def _sparse(self) -> StaticTree:
+    def judge(self, tree: Tree) -> Tree:
+        """Return a tree whose drafts say how probable their paths are.
+
+        Raises:
+            ValueError: the accuracies, by which a static tree is judged, are no matrix of probabilities.
+
+        """
+        if not isinstance(tree, StaticTree):
+            return tree
+        return replace(tree, log_probs=torch.tensor(path_probabilities(tree, self.accuracies_of(tree))).log())
+
+    def accuracies_of(self, tree: StaticTree) -> PathAccuracies:
+        """Return by what a static tree is judged.
+
+        Paths that were counted whole if all of the tree's were, else the heads' accuracies, of which the last head and
+        rank stand for all beyond.
+
+        Raises:
+            ValueError: the accuracies are no matrix of probabilities.
+
+        """
+        joint = JointPaths(self.path_accuracies or {})
+        if all(tuple(choice) in joint.accuracies for choice in tree.choices):
+            return joint
+        accuracies = self._accuracy_matrix()
+        head = torch.arange(tree.depth).clamp(max=accuracies.shape[0] - 1)
+        rank = torch.arange(tree.top_k).clamp(max=accuracies.shape[1] - 1)
+        return IndependentHeads(accuracies[head][:, rank])
+
+    def _accuracy_matrix(self) -> torch.Tensor:
         stored = self.accuracies or PUBLISHED_ACCURACIES
         try:
             accuracies = torch.tensor(stored)
@@ -125,7 +158,10 @@ class TreeOptions:
                 f"medusa_accuracies: the heads' config.json holds {shortened(stored)}, which is no matrix "
                 "[heads, ranks]; calibrate the heads again"
             ) from error
-        independent = IndependentHeads(accuracies[: self.num_heads, : self.top_k])
+        return accuracies
+
+    def _sparse(self) -> StaticTree:
+        independent = IndependentHeads(self._accuracy_matrix()[: self.num_heads, : self.top_k])
         nodes = self.num_nodes or min(independent.available, self.default_num_nodes)
         joint = JointPaths(self.path_accuracies or {}).within(self.num_heads, self.top_k)
         return best_first(joint if joint.available >= nodes else independent, nodes)

@@ -30,7 +30,7 @@ MAX_NODES = 1024
 
 
 class _Nodes(NamedTuple):
-    """What drafting reads of a static tree, on the heads' device; ``[num_nodes]``, int64, but the two lengths."""
+    """What drafting reads of a static tree, on the heads' device; ``[num_nodes]``, int64, but lengths and log_probs."""
 
     heads: torch.Tensor
     ranks: torch.Tensor
@@ -39,6 +39,7 @@ class _Nodes(NamedTuple):
     top_path_first: torch.Tensor
     chain_parents: torch.Tensor
     chain_length: torch.Tensor
+    log_probs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +50,14 @@ class StaticTree:
         topology: the tree.
         ranks: ``[rows]``, int64, on the CPU: row i carries its head's ``ranks[i]``-th most probable token
             (0 = top-1); the root's is 0 and never read.
+        log_probs: ``[num_nodes]``, float32, on the CPU: how probable each node's path is on average, for
+            ``Drafts.log_probs``; None where that is not asked for.
 
     """
 
     topology: DraftTree
     ranks: torch.Tensor
+    log_probs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ranks.shape != self.topology.parents.shape or self.ranks.dtype != torch.int64:
@@ -82,7 +86,8 @@ class StaticTree:
     def to(self, device: torch.device) -> StaticTree:
         """Return a tree that drafts on another device."""
         moved = copy.copy(self)
-        moved.__dict__["_nodes"] = _Nodes(*(each.to(device) for each in self._nodes))
+        nodes = {name: each.to(device) for name, each in self._nodes._asdict().items() if each is not None}
+        moved.__dict__["_nodes"] = _Nodes(**nodes)
         moved.__dict__["_plan"] = self._plan.to(device)
         return moved
 
@@ -115,12 +120,16 @@ class StaticTree:
         chained: torch.Tensor | None,  # [num_reqs], bool
     ) -> Drafts:
         nodes = self._nodes
+        log_probs = None if nodes.log_probs is None else nodes.log_probs.expand(drafted.shape)
         if chained is None:
-            return Drafts(drafted, nodes.parents.expand_as(drafted), nodes.length.expand(len(drafted)))
+            return Drafts(drafted, nodes.parents.expand_as(drafted), nodes.length.expand(len(drafted)), log_probs)
+        if log_probs is not None:
+            log_probs = torch.where(chained[:, None], log_probs[:, nodes.top_path_first], log_probs)
         return Drafts(
             tokens=torch.where(chained[:, None], drafted[:, nodes.top_path_first], drafted),
             parents=torch.where(chained[:, None], nodes.chain_parents, nodes.parents),
             lengths=torch.where(chained, nodes.chain_length, nodes.length),
+            log_probs=log_probs,
         )
 
     @cached_property
@@ -138,6 +147,7 @@ class StaticTree:
             top_path_first=torch.tensor(top_path_first, dtype=torch.int64),
             chain_parents=torch.arange(self.num_nodes),
             chain_length=torch.tensor(len(self.top_path)),
+            log_probs=self.log_probs,
         )
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from spec_bench import Answers, batches, summarise
+from dialogues import Answers, batches
+from spec_bench import summarise
 from vllm_medusa.demo.questions import Question
 
 

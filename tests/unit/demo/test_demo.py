@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_medusa.cli import app
-from vllm_medusa.demo.places import HEADS, MODEL, QUESTIONS
+from vllm_medusa.demo.places import HEADS, MODEL, NATIVE_HEADS, QUESTIONS
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,7 +25,7 @@ def refusal(*options: str) -> str:
 
 
 def test_defaults_are_of_the_repository() -> None:
-    assert not any(path.is_absolute() for path in (HEADS, MODEL, QUESTIONS))
+    assert not any(path.is_absolute() for path in (HEADS, NATIVE_HEADS, MODEL, QUESTIONS))
     assert (ROOT / QUESTIONS).is_file()
 
 

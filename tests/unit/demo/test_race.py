@@ -65,10 +65,10 @@ def test_texts_are_exact_where_the_race_is_in_fp32(tmp_path: Path, dtype: str, e
 def test_each_contender_gets_the_engine_it_stands_for(tmp_path: Path) -> None:
     target, heads = write_target(tmp_path / "target"), write_random_heads(tmp_path / "heads")
     medusa = {"method": "medusa", "model": str(heads)}
-    assert speculative_configs(CONTENDERS, target, heads, tmp_path) == {
+    assert speculative_configs(CONTENDERS, target, heads, heads, tmp_path) == {
         PLAIN: None,
         NATIVE_CHAIN: {**medusa, "num_speculative_tokens": HEADS},
         TREE: {**medusa, **TREES[TREE]},
         TREE_WIDE: {**medusa, **TREES[TREE_WIDE]},
     }
-    assert list(speculative_configs([PLAIN, TREE], target, heads, tmp_path)) == [PLAIN, TREE]
+    assert list(speculative_configs([PLAIN, TREE], target, heads, heads, tmp_path)) == [PLAIN, TREE]

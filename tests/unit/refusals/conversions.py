@@ -140,6 +140,12 @@ CONVERSIONS = Section(
             "it has hydra.pt",
             make=lambda directory: (directory / "hydra.pt").touch(),
         ),
+        source(
+            "published Hydra heads",
+            "hydra_num_heads 4",
+            "vllm-medusa train --path-rank",
+            make=lambda directory: (directory / "config.json").write_text('{"hydra_num_heads": 4}'),
+        ),
         index(
             "that names `../../../etc/passwd`",
             named("../../../etc/passwd"),

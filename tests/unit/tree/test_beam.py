@@ -38,7 +38,7 @@ class TableHeads:
         share = torch.tensor([0.0, 0.1, 0.25, 0.5, 1.0])[torch.randint(5, (top_k,), generator=generator)]
         return share.sort(descending=True).values.log()
 
-    def children(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if asked.parents is None:
             self.paths = [[()] for _ in range(self.num_reqs)]
         else:
@@ -48,7 +48,7 @@ class TableHeads:
             ]
         log_probs = [[self.log_probs(i, path, top_k) for path in own] for i, own in enumerate(self.paths)]
         tokens = torch.arange(top_k).expand(self.num_reqs, asked.tokens.shape[1], -1)
-        return tokens, torch.stack([torch.stack(each) for each in log_probs])
+        return torch.stack([torch.stack(each) for each in log_probs]), tokens
 
 
 def paths_of(tokens: torch.Tensor, parents: torch.Tensor) -> list[Path]:

@@ -16,9 +16,8 @@ RANKS = 10
 class RankHeads:
     """Heads whose tokens spell the path: a child's token is its parent's times ``RANKS``, plus its rank."""
 
-    def children(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = asked.tokens[..., None] * RANKS + torch.arange(top_k)
-        return tokens, torch.zeros(tokens.shape)
+    def top_tokens(self, asked: Asked, top_k: int) -> torch.Tensor:
+        return asked.tokens[..., None] * RANKS + torch.arange(top_k)
 
 
 def spelled(choice: list[int], root: int) -> int:

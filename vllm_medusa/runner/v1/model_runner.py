@@ -24,6 +24,8 @@ from vllm_medusa.kv_cache.backend_commit import BackendCommit
 from vllm_medusa.request import RequestOptions
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
+from vllm_medusa.runner.v1.budget import StepBudget
+from vllm_medusa.runner.v1.costs import known_costs
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
 from vllm_medusa.runner.v1.sampling import TreeSampler
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs, derive_trees
@@ -46,6 +48,7 @@ class MedusaModelRunner(CPUModelRunner):
         self._rule = options.rule("typical")
         self._asking: set[str] = set()
         self._max_nodes: dict[str, int] = {}
+        self._budget = StepBudget.of(options, self._max_depth)
         self._trees: StepTrees | None = None
         self._walk: Walk | None = None
 
@@ -61,6 +64,21 @@ class MedusaModelRunner(CPUModelRunner):
             prepare_backends(self._attn_group_iterator())
         log_start(self.vllm_config, self.drafter.tree, self._attn_group_iterator())
         self._commit = BackendCommit(kv_cache_config, self.compilation_config.static_forward_context)
+
+    def learn_costs(self) -> None:
+        """Let a budget that follows costs know them; weights and KV cache are there."""
+        if self._options.medusa_budget != "auto" or self._budget is None:
+            return
+        scheduler = self.scheduler_config
+        rows = scheduler.max_num_seqs * (self.drafter.tree.num_nodes + 1)
+        max_rows, max_num_reqs = (min(each, self.max_num_tokens) for each in (rows, scheduler.max_num_seqs))
+        self._budget.budget.know(known_costs(self, self.drafter, max_rows, max_num_reqs), max_rows, max_num_reqs)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Execute the model as vLLM does, and note when."""
+        if self._budget is not None:
+            self._budget.begin()
+        return super().execute_model(*args, **kwargs)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         """Forget what is known of requests that have ended, and read the options of new ones."""
@@ -115,6 +133,8 @@ class MedusaModelRunner(CPUModelRunner):
         tables = self.input_batch.block_table.block_tables
         self._commit(trees, accepted, [table.slot_mapping.gpu for table in tables])
         self._walk = accepted
+        if self._budget is not None:
+            self._budget.verified(self.input_batch.req_ids, trees, accepted)
         return SamplerOutput(
             sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=sampler.stacked_logprobs()
         )
@@ -143,16 +163,28 @@ class MedusaModelRunner(CPUModelRunner):
         *args: Any,
         **kwargs: Any,
     ) -> list[list[int]]:
-        """Draft from the hidden state of the row where each request stopped."""
+        """Draft from the hidden state of the row where each request stopped, as much as the budget allows."""
         assert self._walk is not None
-        walked = self._walk
+        walked, req_ids, most = self._walk, self.input_batch.req_ids, self._most_nodes()
+        emitting = ~self.discard_request_mask.np[: len(req_ids)]
+        if self._budget is not None and not self._budget.asks_heads(emitting, most):
+            return [[] for _ in req_ids]
         drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens, self._chained())
-        if self._max_nodes:
-            num_nodes = self.drafter.tree.num_nodes
-            most = [self._max_nodes.get(req_id, num_nodes) for req_id in self.input_batch.req_ids]
-            drafts = drafts.cut(torch.tensor(most))
-        self._drafts.keep(self.input_batch.req_ids, drafts)
+        if most is not None:
+            drafts = drafts.cut(most)
+        if self._budget is not None:
+            self._budget.proposed(len(req_ids))
+            drafts = self._budget.budget.cut(req_ids, drafts, torch.from_numpy(emitting))
+        # Parents are kept of all nodes: how many of them are verified is rank 0's choice, by what it has measured.
+        self._drafts.keep(req_ids, drafts)
         return [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
+
+    def _most_nodes(self) -> torch.Tensor | None:
+        """Return most nodes of each request's draft, ``[num_reqs]``, int64; None if none has a limit."""
+        if not self._max_nodes:
+            return None
+        num_nodes = self.drafter.tree.num_nodes
+        return torch.tensor([self._max_nodes.get(req_id, num_nodes) for req_id in self.input_batch.req_ids])
 
     def _chained(self) -> torch.Tensor | None:
         """Return which requests follow a grammar, ``[num_reqs]``, bool; None if none does.

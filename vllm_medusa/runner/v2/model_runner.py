@@ -135,6 +135,11 @@ class MedusaModelRunner(GPUModelRunner):
                 f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
                 "which verifies as many rows for every request; leave it out"
             )
+        if isinstance(options.medusa_budget, int):
+            raise ValueError(
+                f"medusa_budget: {options.medusa_budget} cannot be heeded by vLLM's model runner V2, which verifies as "
+                'many rows for every request; give "off", or fewer num_speculative_tokens'
+            )
         with speculator(MedusaSpeculator):
             super().__init__(vllm_config, device)
         self._options = options

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads whose drafts are not worth verifying are asked ever more seldom, and at once where the load falls."""
+
+from __future__ import annotations
+
+from vllm_medusa.budget.pauses import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, Gains, Pauses
+
+
+def asked(pauses: Pauses, steps: int, num_reqs: int, *, verified: bool) -> list[int]:
+    """In which steps heads are asked; what they say is verified in the next step, or not."""
+    found = []
+    for step in range(steps):
+        if found and found[-1] == step - 1:
+            pauses.saw(num_reqs, verified=verified)
+        if pauses.asks_heads(num_reqs):
+            found.append(step)
+    return found
+
+
+def test_heads_that_are_verified_are_always_asked() -> None:
+    assert asked(Pauses(), 100, 4, verified=True) == list(range(100))
+
+
+def test_pauses_double_up_to_the_longest() -> None:
+    steps = asked(Pauses(), 2000, 16, verified=False)
+    assert steps[:PATIENCE] == list(range(PATIENCE))
+    between = [later - earlier - 1 for earlier, later in zip(steps[PATIENCE - 1 :], steps[PATIENCE:], strict=False)]
+    assert between[:5] == [FIRST_PAUSE << index for index in range(5)]
+    assert set(between[5:]) == {LONGEST_PAUSE}
+
+
+def test_a_pause_ends_where_the_load_has_halved() -> None:
+    pauses = Pauses()
+    for _ in range(PATIENCE):
+        pauses.saw(16, verified=False)
+    assert not pauses.asks_heads(16)
+    assert not pauses.asks_heads(9)
+    assert pauses.asks_heads(8)
+    assert pauses.asks_heads(16)
+
+
+def test_one_verified_draft_ends_all_patience_lost() -> None:
+    pauses = Pauses()
+    for _ in range(PATIENCE - 1):
+        pauses.saw(4, verified=False)
+    pauses.saw(4, verified=True)
+    pauses.saw(4, verified=False)
+    assert pauses.asks_heads(4)
+
+
+def test_speculation_ends_where_it_is_slower_on_average_and_begins_again_where_it_is_clearly_faster() -> None:
+    gains = Gains()
+    assert [gains.pays(1, gain) for gain in (0.85, 1.9) * 20] == [True] * 40
+    assert not [gains.pays(64, 0.9) for _ in range(60)][-1]
+    assert not [gains.pays(64, 1.01) for _ in range(60)][-1]
+    assert [gains.pays(64, 1.2) for _ in range(20)][-1]
+    assert gains.pays(1, 1.0)

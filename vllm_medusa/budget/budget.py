@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The budget of verified nodes: drafts are cut to what pays, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_medusa.budget.choice import choose, most_probable
+from vllm_medusa.budget.correction import Correction
+from vllm_medusa.budget.cost import CostTable
+from vllm_medusa.budget.pauses import Gains, Pauses
+from vllm_medusa.budget.store import Costs
+from vllm_medusa.tree.drafts import Drafts
+
+PROBE_AFTER = 32
+"""One of so many drafts that do not seem to pay is verified in part all the same: what is never done is never timed. It
+has at most as many nodes as there are requests; with the pauses between, that is one step in more than a thousand."""
+
+
+class Budget:
+    """Decides how much of each draft is verified.
+
+    Args:
+        max_depth: the deepest node's depth.
+        most: most nodes of all requests in a step; None chooses by cost, and cuts nothing until costs are known.
+
+    """
+
+    def __init__(self, max_depth: int, most: int | None = None) -> None:
+        self.most = most
+        self.correction = Correction(max_depth)
+        self._max_depth = max_depth
+        self._pauses = Pauses()
+        self._gains = Gains()
+        self._verification: CostTable | None = None
+        self._proposal: CostTable | None = None
+        self._max_rows = 0
+        self._unverified = 0
+        self._place: dict[str, int] = {}
+        self._said = torch.zeros(0)
+
+    def know(self, costs: Costs, max_rows: int, max_num_reqs: int) -> None:
+        """Take costs as they were measured.
+
+        Args:
+            costs: see there.
+            max_rows: rows of the largest step.
+            max_num_reqs: requests of the largest step.
+
+        """
+        self._verification, self._proposal = (
+            CostTable(costs.verification, max_rows),
+            CostTable(costs.proposal, max_num_reqs),
+        )
+        self._max_rows = max_rows
+
+    def asks_heads(self, num_reqs: int) -> bool:
+        """Whether this step, in which so many requests can have a draft, is to ask the heads."""
+        self._place = {}
+        return num_reqs > 0 and self._pauses.asks_heads(num_reqs)
+
+    def cut(
+        self,
+        req_ids: Sequence[str],
+        drafts: Drafts,
+        emitting: torch.Tensor,  # [num_reqs], bool
+    ) -> Drafts:
+        """Cut drafts to what pays.
+
+        Args:
+            req_ids: whose drafts these are.
+            drafts: with their ``log_probs``.
+            emitting: requests whose drafts will be verified; those in the midst of their prompts are not.
+
+        """
+        assert drafts.log_probs is not None
+        emits = emitting.tolist()
+        self._place = {each: index for index, each in enumerate(req_ids) if emits[index]}
+        self._said = drafts.log_probs.exp()
+        lengths = drafts.lengths * emitting
+        probabilities = self.correction.apply(self._said, node_depths(drafts.parents, self._max_depth))
+        if self.most is not None:
+            return drafts.cut(most_probable(probabilities, lengths, self.most))
+        return drafts.cut(self._choose(probabilities, lengths, len(self._place)))
+
+    def _choose(
+        self,
+        probabilities: torch.Tensor,  # [num_reqs, num_nodes], float32
+        lengths: torch.Tensor,  # [num_reqs], int64
+        num_reqs: int,
+    ) -> torch.Tensor:  # [num_reqs], int64
+        if self._verification is None or self._proposal is None or num_reqs >= self._max_rows:
+            return lengths
+        most = min(num_reqs + int(lengths.sum()), self._max_rows)
+        steps = torch.from_numpy(self._verification.between(num_reqs, most))
+        # The heads have been asked already, but as long as they are, each step pays for them.
+        choice = choose(probabilities, lengths, num_reqs, steps + self._proposal.at(num_reqs))
+        gain = choice.tokens_per_second * float(steps[0]) / num_reqs
+        if self._gains.pays(num_reqs, gain):
+            return choice.lengths
+        self._unverified += 1
+        if self._unverified % PROBE_AFTER:
+            return torch.zeros_like(lengths)
+        return most_probable(probabilities, lengths, num_reqs)
+
+    def verified(
+        self,
+        req_ids: Sequence[str],
+        request: np.ndarray,  # [num_rows], int64
+        node: np.ndarray,  # [num_rows], int64
+        depths: np.ndarray,  # [num_rows], int64
+        accepted: np.ndarray,  # [num_rows], bool
+    ) -> None:
+        """Learn from a step's rows.
+
+        Args:
+            req_ids: the step's requests.
+            request: the index among them of each row's.
+            node: the row's node in its draft; -1 for roots.
+            depths: the row's depth.
+            accepted: whether the walk went along the row.
+
+        """
+        place = np.array([self._place.get(each, -1) for each in req_ids])
+        if not (place >= 0).any():
+            return
+        drafted = place[request]
+        known = (node >= 0) & (drafted >= 0)
+        self.correction.observe(depths[known], self._said.numpy()[drafted[known], node[known]], accepted[known])
+        if self.most is None:
+            self._pauses.saw(len(req_ids), verified=bool(known.any()))
+
+    def step_took(self, rows: int, seconds: float) -> None:
+        """Note the time of a step in which all tokens were rows."""
+        if self._verification is not None:
+            self._verification.observe(rows, seconds)
+
+    def proposal_took(self, num_reqs: int, seconds: float) -> None:
+        """Note the time of a proposal."""
+        if self._proposal is not None:
+            self._proposal.observe(num_reqs, seconds)
+
+
+def node_depths(
+    parents: torch.Tensor,  # [num_reqs, num_nodes], int64
+    max_depth: int,
+) -> torch.Tensor:  # [num_reqs, num_nodes], int64
+    """Return each node's depth, by pointer jumping; of no meaning past a draft's length, but at most ``max_depth``."""
+    # NumPy, since so few numbers cost less there than in PyTorch. The root's parent is itself, so that jumps end there.
+    num_reqs, num_rows = len(parents), parents.shape[1] + 1
+    parent = np.zeros((num_reqs, num_rows), dtype=np.int64)
+    parent[:, 1:] = parents.numpy()
+    above = (parent + num_rows * np.arange(num_reqs)[:, None]).ravel()
+    depths = np.ones(num_reqs * num_rows, dtype=np.int64)
+    depths[::num_rows] = 0
+    for _ in range(max_depth.bit_length()):
+        depths += depths[above]
+        above = above[above]
+    return torch.from_numpy(depths.reshape(num_reqs, num_rows)[:, 1:].clip(max=max_depth))

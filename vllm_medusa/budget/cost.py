@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What work of a size takes: measured at some sizes, corrected by what is observed while serving."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+HORIZON = 32
+"""Observations after which an earlier one counts a third."""
+
+FAR = 0.02
+"""What an observation counts at sizes far away: a machine that slows down does so at every size."""
+
+FIRST = 0.002
+"""What the measured curve counts, as a share of one observation: it leaves out attention and the host's work, so only
+its shape is to be trusted."""
+
+MOST_SURPRISE = math.log(1.5)
+"""The most by which an observation differs from what was expected, as it counts; other processes disturb a step now and
+then."""
+
+
+class Curve(BaseModel):
+    """Seconds at some sizes.
+
+    Attributes:
+        sizes: ascending, from 1 on.
+        seconds: as many.
+
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    sizes: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)]
+    seconds: tuple[Seconds, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.sizes) != len(self.seconds) or list(self.sizes) != sorted(set(self.sizes)):
+            raise ValueError(f"sizes must ascend and have a time each, got {self.sizes} and {self.seconds}")
+        return self
+
+
+class CostTable:
+    """A curve that follows observations.
+
+    The measured curve is kept as it is, and at four sizes an octave a factor is learned: the average of what was
+    observed as a multiple of the curve, weighted by how recent and how near an observation is. So sizes that are not
+    visited follow those that are. Between sizes it is linear, beyond the last measured one too, and it never falls.
+
+    Args:
+        curve: what was measured.
+        most: the largest size that is asked for.
+
+    """
+
+    def __init__(self, curve: Curve, most: int) -> None:
+        sizes, seconds = np.array([0, *curve.sizes]), np.maximum.accumulate([0, *curve.seconds])
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        self._sizes = np.unique(np.round(2 ** np.arange(0, np.log2(most) + 0.25, 0.25)))
+        beyond = (self._sizes - sizes[-1]).clip(min=0)
+        self._measured = np.interp(self._sizes, sizes, seconds) + slope * beyond
+        self._log_factors = np.zeros(len(self._sizes))
+        self._weights = np.full(len(self._sizes), FIRST)
+        self._seconds = self._measured
+
+    def observe(self, size: int, seconds: float) -> None:
+        """Note what work of a size took."""
+        measured = float(np.interp(size, self._sizes, self._measured))
+        expected = float(np.interp(size, self._sizes, self._log_factors))
+        surprise = math.log(seconds / measured) - expected
+        found = expected + min(max(surprise, -MOST_SURPRISE), MOST_SURPRISE)
+        octaves = np.log2(self._sizes / size)
+        nearness = FAR + (1 - FAR) * np.exp(-8 * octaves * octaves)
+        self._weights = self._weights * (1 - 1 / HORIZON) + nearness
+        self._log_factors = self._log_factors + nearness / self._weights * (found - self._log_factors)
+        self._seconds = np.maximum.accumulate(self._measured * np.exp(self._log_factors))
+
+    def between(self, first: int, last: int) -> np.ndarray:
+        """Return the seconds of all sizes from ``first`` to ``last``, both included, float64."""
+        return np.interp(np.arange(first, last + 1), self._sizes, self._seconds)
+
+    def at(self, size: int) -> float:
+        """Return the seconds of a size."""
+        return float(np.interp(size, self._sizes, self._seconds))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The budget in V1's terms: what it asks of a step, and the clock that tells it what steps take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vllm_medusa.acceptance.exact import Walk
+from vllm_medusa.budget.budget import Budget
+from vllm_medusa.config import MedusaSpeculativeConfig
+from vllm_medusa.step.trees import StepTrees
+
+
+class StepBudget:
+    """One engine's budget, and the time of the step that runs.
+
+    A step's time is from the start of ``execute_model`` to the end of the commit; the proposal has a time of its own.
+
+    Args:
+        budget: what decides.
+
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self._began = 0.0
+
+    @classmethod
+    def of(cls, options: MedusaSpeculativeConfig, max_depth: int) -> StepBudget | None:
+        """Return the budget that the options ask for; None without one."""
+        if options.medusa_budget == "off":
+            return None
+        return cls(Budget(max_depth, options.medusa_budget if isinstance(options.medusa_budget, int) else None))
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def verified(self, req_ids: Sequence[str], trees: StepTrees, walk: Walk) -> None:
+        """Stop a step's clock, and learn from what was accepted."""
+        num_rows = len(trees.logits_indices)
+        # The time of a step that computes a part of a prompt says nothing of rows.
+        if num_rows == len(trees.depths):
+            self.budget.step_took(num_rows, time.perf_counter() - self._began)
+        accepted = np.zeros(num_rows, dtype=bool)
+        rows, first = walk.rows.numpy(), trees.cu_num_rows.numpy()
+        accepted[rows[rows >= 0]] = True
+        request = np.repeat(np.arange(len(first) - 1), np.diff(first))
+        node = np.arange(num_rows) - first[request] - 1
+        depths = trees.depths.numpy()[trees.logits_indices.numpy()]
+        self.budget.verified(req_ids, request, node, depths, accepted)
+
+    def asks_heads(
+        self,
+        emitting: np.ndarray,  # [num_reqs], bool
+        most: torch.Tensor | None,  # [num_reqs], int64
+    ) -> bool:
+        """Whether to draft in this step.
+
+        Args:
+            emitting: requests that are past their prompts.
+            most: most nodes of each request's draft; None if none has a limit.
+
+        """
+        self.begin()
+        drafting = emitting if most is None else emitting & (most.numpy() > 0)
+        return self.budget.asks_heads(int(drafting.sum()))
+
+    def proposed(self, num_reqs: int) -> None:
+        """Stop the proposal's clock."""
+        self.budget.proposal_took(num_reqs, time.perf_counter() - self._began)

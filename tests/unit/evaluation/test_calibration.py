@@ -116,7 +116,7 @@ def test_the_engine_grows_from_the_written_paths_the_trees_that_were_judged(
     config = check_entries(json.loads((heads / "config.json").read_text()), "config.json")
     paths = paths_of(config["medusa_path_accuracies"])
     assert len(paths) == MOST_PATHS < counted.available
-    options = TreeOptions(3, 300, config["medusa_accuracies"], 64, 7, None, None, 0.0, path_accuracies=paths)
+    options = TreeOptions(3, 300, config["medusa_accuracies"], 64, 7, None, None, path_accuracies=paths)
     assert options.build("sparse").choices == calibration.largest.choices  # type: ignore[union-attr]
     larger = replace(options, num_nodes=MOST_PATHS + 1).build("sparse")
     table = IndependentHeads(torch.tensor(config["medusa_accuracies"]))

@@ -56,9 +56,9 @@ def test_sequential_heads_are_asked_along_each_path(token_map: torch.Tensor | No
     served = random_heads(token_map, path_rank=4).at([0.5, 1.0, 2.0])
     hidden, roots = torch.randn(2, HIDDEN), torch.tensor([3, 4])
     levels = ServedLevels(served, hidden)
-    levels.children(Asked(roots[:, None]), 2)
-    levels.children(Asked(torch.tensor([[7, 9], [11, 13]]), torch.zeros(2, 2, dtype=torch.int64)), 2)
-    tokens, log_probs = levels.children(Asked(torch.tensor([[1], [5]]), torch.tensor([[1], [0]])), 2)
+    levels.top_predictions(Asked(roots[:, None]), 2)
+    levels.top_predictions(Asked(torch.tensor([[7, 9], [11, 13]]), torch.zeros(2, 2, dtype=torch.int64)), 2)
+    log_probs, tokens = levels.top_predictions(Asked(torch.tensor([[1], [5]]), torch.tensor([[1], [0]])), 2)
     for request, path in enumerate(([3, 9, 1], [4, 11, 5])):
         logits = served.heads.logits(2, hidden[request : request + 1], torch.tensor([path]))[0] / 2.0
         best = logits.log_softmax(dim=-1).topk(2)

@@ -22,3 +22,26 @@ def test_two_ranks_say_what_one_says_and_grow_the_same_trees(
             tiny_target, trained, four_prompts, "dynamic", tensor_parallel_size=2, distributed_executor_backend="mp"
         )
     assert together == alone
+
+
+def test_ranks_with_a_budget_measure_together_and_say_what_one_says(
+    tiny_target: Path,
+    tiny_heads: Path,
+    four_prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    alone = decode(tiny_target, tiny_heads, four_prompts, "dynamic")
+    with no_process_left():
+        together = decode(
+            tiny_target,
+            tiny_heads,
+            four_prompts,
+            "dynamic",
+            tensor_parallel_size=2,
+            distributed_executor_backend="mp",
+            speculative_config={"medusa_budget": "auto"},
+        )
+    assert (together.greedy, together.seeded) == (alone.greedy, alone.seeded)
+    assert len(list((tmp_path / "medusa" / "costs").iterdir())) == 1

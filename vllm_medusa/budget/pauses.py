@@ -13,7 +13,14 @@ MARGIN = 0.03
 """By how much speculation has to be faster than plain decoding to begin again, so that it does not come and go."""
 
 FIRST_GAIN = 1.05
-STEADY_RATE, RETRYING_RATE = 1 / 32, 1 / 4
+"""What is expected before anything has been seen."""
+
+REQUESTS = 32
+"""Requests, of one step or of several, after which what was seen before counts half or less: how sure heads are differs
+from request to request, so a step of many says more."""
+
+RETRYING_RATE = 1 / 4
+"""The least that a step counts while heads are asked seldom."""
 
 
 class Gains:
@@ -36,7 +43,7 @@ class Gains:
 
         """
         load = num_reqs.bit_length()
-        rate = RETRYING_RATE if load in self._idle else STEADY_RATE
+        rate = max(num_reqs / (num_reqs + REQUESTS), RETRYING_RATE if load in self._idle else 0)
         average = self._average.get(load, FIRST_GAIN)
         average += rate * (gain - average)
         self._average[load] = average

@@ -55,7 +55,7 @@ def known_costs(runner: CPUModelRunner, proposer: MedusaProposer, max_rows: int,
 
     """
     group, config = get_tp_group(), runner.vllm_config
-    path = costs_file(Path(envs.VLLM_CACHE_ROOT) / "medusa" / "costs", _parts(config, proposer))
+    path = costs_file(Path(envs.VLLM_CACHE_ROOT) / "medusa" / "costs", _parts(config, proposer, max_rows, max_num_reqs))
     found = Costs.read(path) if group.rank_in_group == 0 else None
     if (known := group.broadcast_object(found)) is not None:
         return known
@@ -124,9 +124,10 @@ def _timed(run: Callable[[int], None], size: int) -> float:
     return (time.process_time() - start) / torch.get_num_threads()
 
 
-def _parts(config: VllmConfig, proposer: MedusaProposer) -> dict[str, str]:
-    """Return all on which the times depend."""
+def _parts(config: VllmConfig, proposer: MedusaProposer, max_rows: int, max_num_reqs: int) -> dict[str, str]:
+    """Return all on which the times depend, and up to which sizes they were measured."""
     return {
+        "sizes": f"{max_rows} rows, {max_num_reqs} requests",
         "cpu": cpu_description(),
         "threads": str(torch.get_num_threads()),
         "ranks": str(config.parallel_config.tensor_parallel_size),

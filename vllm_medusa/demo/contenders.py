@@ -24,7 +24,7 @@ TITLES = {
 SMALL_TREE = {"medusa_tree": "dynamic", "num_speculative_tokens": 6}
 """A small tree of each step's most probable nodes, since on a CPU every row costs compute."""
 
-WIDE_TREE = {"medusa_tree": "sparse", "num_speculative_tokens": 31}
+WIDE_TREE = {"medusa_tree": "sparse", "num_speculative_tokens": 31, "medusa_budget": "off"}
 """Shows the tokens per step that are possible where rows are nearly free."""
 
 TREES: dict[str, dict[str, Any]] = {TREE: SMALL_TREE, TREE_WIDE: WIDE_TREE}

@@ -21,7 +21,7 @@ def test_each_kind_meets_each_tree_and_vllm_s_chain_runs_once() -> None:
     assert len(found) == 1 + len(KINDS) * len(trees())
     grown = found[Entry("sequential", "tree_7")]
     assert grown is not None
-    assert (grown["model"], grown["num_speculative_tokens"], grown["medusa_min_probability"]) == ("sequential", 7, 0)
+    assert (grown["model"], grown["num_speculative_tokens"], grown["medusa_budget"]) == ("sequential", 7, "off")
 
 
 def test_figures_are_relative_to_the_first_kind() -> None:

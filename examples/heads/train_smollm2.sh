@@ -3,9 +3,9 @@
 # a held-out one, train plain and sequential heads on the same text, keep both in bf16, and calibrate them. The same
 # command goes on after an interruption.
 #
-#     bash examples/heads/train_smollm2.sh [PROMPTS]    # default 256: about three hours on 2 CPU cores without bf16
+#     bash examples/heads/train_smollm2.sh [PROMPTS]    # default 1000: about four hours on 2 CPU cores without bf16
 set -euo pipefail
-prompts=${1:-256}
+prompts=${1:-1000}
 work=build/train_smollm2
 export PATH="$PWD/.venv/bin:$PATH" LD_PRELOAD="${LD_PRELOAD:-$PWD/.venv/lib/libiomp5.so}"
 export VLLM_CPU_OMP_THREADS_BIND=nobind HF_HUB_OFFLINE=1
@@ -20,18 +20,19 @@ train() {
     local name=$1
     shift
     vllm-medusa train --target build/smollm2 --data "$work/data" --held-out "$work/held_out" --output "$work/$name" \
-        --dtype float32 --block-length 512 --batch-size 4 --epochs 2 --learning-rate 2e-3 --shared-lm-head \
+        --dtype float32 --block-length 512 --batch-size 4 --epochs 1.5 --learning-rate 2e-3 --shared-lm-head \
         --draft-vocab 4096 --heads-loss kl --cache-hidden --cache-directory "$work/hidden" "$@"
 }
 
 keep() {
+    rm -rf "examples/heads/$2"
     python examples/heads/in_bf16.py "$work/$1/heads" "examples/heads/$2"
-    vllm-medusa eval --model build/smollm2 --heads "examples/heads/$2" --data "$work/held_out" --write
+    vllm-medusa eval --model build/smollm2 --heads "examples/heads/$2" --data "$work/held_out" --dtype float32 --max-length 512 --write
 }
 
 vllm-medusa fetch-demo
 write "$prompts" 0 "$work/data"
-write 64 1 "$work/held_out"
+write 24 1 "$work/held_out"
 train plain
 train sequential --path-rank 256
 keep plain smollm2-135m-instruct

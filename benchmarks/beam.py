@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What trees of sequential heads lose by a beam: tokens per step on held-out text, against the best-first tree.
 
-A beam of as many nodes as the tree has finds the best-first tree: no depth of that tree has more nodes. docs/training.md
-has what it printed.
+A beam of as many nodes as the tree has finds the best-first tree: no depth of that tree has more nodes.
+docs/training.md has what it printed.
 
     python benchmarks/beam.py --target TARGET --heads HEADS --data HELD_OUT.jsonl
 """

@@ -32,7 +32,7 @@ from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.options import DYNAMIC_TOP_K
 
 NODES = (7, 31, 63)
-BEAMS = (1, 2, 4, 8, 16)
+BEAMS = (2, 4, 8, 16)
 
 
 @torch.no_grad()

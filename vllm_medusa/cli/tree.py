@@ -25,7 +25,7 @@ def tree(
     output: Annotated[Path | None, typer.Option(help="A JSON file of the first tree, for medusa_tree.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG file for the trees.")] = None,
 ) -> None:
-    """Show trees, and the tokens per step that they promise by the heads' accuracies."""
+    """Show trees, and the tokens per step that they promise."""
     with one_line_errors():
         from rich.console import Console
 

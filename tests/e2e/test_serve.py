@@ -79,7 +79,7 @@ def plain_texts(plain: Plain) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def server(target: Path, tiny_heads: Path, plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server, started after the engine in this process is closed."""
-    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": [3, 2, 1]}
+    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": [3, 2, 1], "medusa_budget": "off"}
     with serve(target, medusa, tmp_path_factory.mktemp("serve")) as server:
         yield server
 

@@ -32,7 +32,7 @@ from torch import set_num_threads
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, fastest_dtype, plugins, speculative_configs
 from vllm_medusa.demo.engine import Engine, counters
-from vllm_medusa.demo.places import HEADS, MODEL, QUESTIONS
+from vllm_medusa.demo.places import HEADS, MODEL, QUESTIONS, native_heads_of
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.questions import read_questions
 from vllm_medusa.demo.report import machine
@@ -167,7 +167,7 @@ def _prompts(target: Path, questions: Path) -> list[list[int]]:
 
 def _configs(names: Sequence[str], target: Path, heads: Path, directory: Path) -> dict[str, dict[str, Any] | None]:
     stock = [name for name in names if name in (PLAIN, NATIVE_CHAIN)]
-    configs = speculative_configs(stock, target, heads, directory)
+    configs = speculative_configs(stock, target, heads, native_heads_of(heads, None), directory)
     for name in names:
         if name not in stock:
             options: dict[str, Any] = {"num_speculative_tokens": max(FIXED.values())}

@@ -9,7 +9,6 @@ docs/training.md has what it printed.
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -17,16 +16,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from path_scores import RANKS, where_steps_begin
-from vllm_medusa.data.dataset import read_samples
-from vllm_medusa.data.packing import Sample
-from vllm_medusa.data.record_files import BadLineCounter, BadLines
-from vllm_medusa.evaluation.measure import load_heads
-from vllm_medusa.evaluation.reading import read_texts
+from path_scores import read_held_out, where_steps_begin
 from vllm_medusa.evaluation.reliability import Positions, draft_reliability
-from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.progress import track
 from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.options import DYNAMIC_TOP_K
@@ -43,11 +35,7 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Texts to judge by.")] = 32,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 512,
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    served = ServedHeads.of(model, load_heads(heads, target, model))
-    samples = read_samples([data], AutoTokenizer.from_pretrained(target), BadLineCounter(BadLines.REFUSE))
-    cut = [Sample(each.input_ids[:max_length], each.labels[:max_length]) for each in islice(samples, texts)]
-    read = read_texts(model, served, cut, RANKS, batch_size=4, show_progress=True)
+    served, read = read_held_out(target, heads, data, texts, max_length)
     begins = where_steps_begin(read)
     positions = Positions.cat([text.at.where(of[text.kept]) for text, of in zip(read, begins, strict=True)])
 

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from dialogues import Answers, Batch, Engine, ask_all, tokens_per_step
+from dialogues import Answers, Batch, ask_all, tokens_per_step
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, TITLES
+from vllm_medusa.demo.engine import Engine
 from vllm_medusa.progress import track
 
 BUDGET = {"medusa_budget": "off"}
@@ -69,7 +70,7 @@ def compare(
     found = {}
     for entry, config in track(list(entries(heads, native).items()), "Heads and trees"):
         name = entry.kind if entry.kind == NATIVE_CHAIN else f"{entry.kind}_{entry.tree}"
-        answers = ask_all(name, plain.with_drafts(config), batches)
+        answers = ask_all(name, replace(plain, speculative_config=config), batches)
         found[entry] = Found(tokens_per_step(answers), share_of_same(answers, reference))
     return found
 

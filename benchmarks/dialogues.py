@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing.connection import Connection
 from operator import attrgetter
@@ -17,28 +16,13 @@ from typing import Any
 from torch import set_num_threads
 
 from vllm_medusa.demo.contenders import plugins
-from vllm_medusa.demo.engine import counters
+from vllm_medusa.demo.engine import Engine, counters
 from vllm_medusa.demo.process import Contender
 from vllm_medusa.demo.questions import Question
+from vllm_medusa.demo.report import machine
 
 KV_CACHE_BYTES = 1 << 30
 LOGS = Path("build/spec_bench")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Options of ``vllm.LLM``, and the threads it computes with."""
-
-    target: str
-    dtype: str
-    speculative_config: dict[str, Any] | None
-    max_model_len: int
-    max_num_seqs: int
-    threads: int
-
-    def with_drafts(self, speculative_config: dict[str, Any] | None) -> Engine:
-        """Return the same engine with these drafts, or with none."""
-        return replace(self, speculative_config=speculative_config)
 
 
 @dataclass(frozen=True)
@@ -75,9 +59,24 @@ def batches(questions: Sequence[Question], size: int, tokens: int) -> Iterable[B
             yield Batch(each[start : start + size], tokens)
 
 
+def engine_of(target: Path, dtype: str, max_model_len: int, max_num_seqs: int) -> Engine:
+    """Return an engine without speculation that takes conversations."""
+    return Engine(
+        str(target),
+        dtype,
+        None,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=True,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        skip_tokenizer_init=False,
+    )
+
+
 def contender(name: str, engine: Engine) -> Contender:
     """Return the process of an engine; its first answer is that it has started."""
-    return Contender(name, serve, (engine,), plugins(name), LOGS / f"{name}.log")
+    threads = machine()["cores"]  # Only one engine works at a time.
+    return Contender(name, serve, (engine, threads), plugins(name), LOGS / f"{name}.log")
 
 
 def ask_all(name: str, engine: Engine, batches: Sequence[Batch]) -> list[Answers]:
@@ -87,23 +86,12 @@ def ask_all(name: str, engine: Engine, batches: Sequence[Batch]) -> list[Answers
         return [started.ask(batch) for batch in batches]
 
 
-def serve(connection: Connection, engine: Engine) -> None:
+def serve(connection: Connection, engine: Engine, threads: int) -> None:
     """Be a contender: send ``None`` after the start, then an ``Answers`` for each ``Batch``."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    set_num_threads(engine.threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
-    gc.freeze()
-    llm = LLM(
-        model=engine.target,
-        dtype=engine.dtype,
-        speculative_config=engine.speculative_config,
-        enforce_eager=True,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        disable_log_stats=False,
-        seed=0,
-    )
+    set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
+    llm = engine.open()
     connection.send(None)
     while True:
         batch: Batch = connection.recv()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_medusa.data.dataset import read_samples
+from vllm_medusa.data.packing import Sample
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
 from vllm_medusa.evaluation.measure import load_heads
 from vllm_medusa.evaluation.paths import count_paths
@@ -61,6 +63,17 @@ SCORES = {"product": (1.0, True), "geometric mean": (0.5, True), "least": (0.0, 
 """The weight of the product, and whether tokens below the chain multiply."""
 
 
+def read_held_out(
+    target: Path, heads: Path, data: Path, num_texts: int, max_length: int
+) -> tuple[ServedHeads, list[ReadText]]:
+    """Let a target and its heads read the first texts of a file, each cut to a length."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    served = ServedHeads.of(model, load_heads(heads, target, model))
+    samples = read_samples([data], AutoTokenizer.from_pretrained(target), BadLineCounter(BadLines.REFUSE))
+    cut = [Sample(each.input_ids[:max_length], each.labels[:max_length]) for each in islice(samples, num_texts)]
+    return served, read_texts(model, served, cut, RANKS, batch_size=8, show_progress=True)
+
+
 def where_steps_begin(texts: list[ReadText]) -> list[torch.Tensor]:
     ranks = torch.cat([text.ranks[(text.ranks >= 0).all(dim=1)] for text in texts])
     reference = best_first(count_paths(ranks, RANKS), REFERENCE_NODES)
@@ -78,13 +91,10 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[7, 31])
     arguments = parser.parse_args()
 
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.target)
-    heads = load_heads(arguments.heads, arguments.target, target)
-    served = ServedHeads.of(target, heads)
-    samples = list(read_samples([arguments.data], tokenizer, BadLineCounter(BadLines.from_flag(False))))
-    cut = [type(each)(each.input_ids[: arguments.max_length], each.labels[: arguments.max_length]) for each in samples]
-    texts = read_texts(target, served, cut[: arguments.texts], RANKS, batch_size=8, show_progress=True)
+    served, texts = read_held_out(
+        arguments.target, arguments.heads, arguments.data, arguments.texts, arguments.max_length
+    )
+    heads = served.heads
 
     steps = list(zip(texts, where_steps_begin(texts), strict=True))
     losses = torch.cat([text.losses[begins] for text, begins in steps[::2]])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from compare_heads import as_json, compare, print_comparison
-from dialogues import Answers, Batch, Engine, batches, contender, tokens_per_step
+from dialogues import Answers, Batch, batches, contender, engine_of, tokens_per_step
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.demo.contenders import CONTENDERS, NATIVE_CHAIN, PLAIN, TITLES, fastest_dtype, speculative_configs
+from vllm_medusa.demo.engine import Engine
 from vllm_medusa.demo.places import DIRECTORY, HEADS, MODEL, native_heads_of, require_shipped
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.questions import Question, read_questions
@@ -77,8 +79,7 @@ def spec_bench(
         require_shipped(heads, "--heads")
         require_model(target, "--target")
         share_environment()
-        threads = machine()["cores"]  # Only one engine works at a time.
-        plain = Engine(str(target), dtype or fastest_dtype(), None, max_model_len, max(sizes), threads)
+        plain = engine_of(target, dtype or fastest_dtype(), max_model_len, max(sizes))
         native = native_heads_of(heads, native_heads)
         configs = speculative_configs(names, target, heads, native, DIRECTORY)
         details = {
@@ -94,7 +95,7 @@ def spec_bench(
             print_comparison(found, console)
             write(output, {**details, **as_json(found)}, console)
             return
-        engines = {name: plain.with_drafts(config) for name, config in configs.items()}
+        engines = {name: replace(plain, speculative_config=config) for name, config in configs.items()}
         by_batch = {str(size): summarise(race) for size, race in races(engines, questions, sizes, tokens)}
         for size, summary in by_batch.items():
             print_table(summary, size, console)

@@ -10,7 +10,6 @@ distribution before temperature. It grows as the temperature falls, so compare p
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,7 +31,7 @@ from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.data.prompts import read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
 from vllm_medusa.demo.contenders import fastest_dtype
-from vllm_medusa.demo.engine import counters
+from vllm_medusa.demo.engine import Engine, counters
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import machine
 from vllm_medusa.files import write_json
@@ -44,18 +43,6 @@ EXACT = "exact"
 TYPICAL = "typical"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Options of ``vllm.LLM``."""
-
-    target: str
-    dtype: str
-    speculative_config: dict[str, Any]
-    max_model_len: int
-    max_num_seqs: int
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -137,8 +124,16 @@ def typical(
             speculative = {"method": "medusa", "model": str(heads), "medusa_tree": tree, **options}
             if nodes is not None:
                 speculative["num_speculative_tokens"] = nodes
-            threads = machine()["cores"]
-            engine = Engine(str(target), dtype or fastest_dtype(), speculative, max_model_len, batch, threads)
+            engine = Engine(
+                str(target),
+                dtype or fastest_dtype(),
+                speculative,
+                max_model_len=max_model_len,
+                max_num_seqs=batch,
+                enable_prefix_caching=True,
+                kv_cache_memory_bytes=KV_CACHE_BYTES,
+                skip_tokenizer_init=False,
+            )
             orders = [
                 Order(prompts, chat, tokens, warmth, rule)
                 for rule in ([EXACT, TYPICAL] if index == 0 else [TYPICAL])
@@ -160,7 +155,7 @@ def _prompts(file: Path, limit: int) -> tuple[str, ...]:
 
 
 def _points(engine: Engine, epsilon: float, orders: Sequence[Order], log: Path) -> Iterable[Point]:
-    with Contender(f"epsilon {epsilon}", serve, (engine,), {}, log) as contender:
+    with Contender(f"epsilon {epsilon}", serve, (engine, machine()["cores"]), {}, log) as contender:
         contender.answer()
         for order in orders:
             decoded: Decoded = contender.ask(order)
@@ -175,23 +170,10 @@ def _points(engine: Engine, epsilon: float, orders: Sequence[Order], log: Path) 
             )
 
 
-def serve(connection: Connection, engine: Engine) -> None:
+def serve(connection: Connection, engine: Engine, threads: int) -> None:
     """Be an engine: send ``None`` after the start, then a ``Decoded`` for each ``Order``."""
-    from vllm import LLM
-
-    set_num_threads(engine.threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
-    gc.freeze()
-    llm = LLM(
-        model=engine.target,
-        dtype=engine.dtype,
-        speculative_config=engine.speculative_config,
-        enforce_eager=True,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        disable_log_stats=False,
-        seed=0,
-    )
+    set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
+    llm = engine.open()
     connection.send(None)
     while True:
         connection.send(decode(llm, connection.recv()))

@@ -39,6 +39,7 @@ class Engine:
     enable_prefix_caching: bool = False
     max_num_seqs: int = 16
     kv_cache_memory_bytes: int = 1 << 28
+    skip_tokenizer_init: bool = True
 
     def open(self) -> LLM:
         """Start the engine in this process."""
@@ -53,7 +54,7 @@ class Engine:
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=self.skip_tokenizer_init,
             disable_log_stats=False,
             enable_prefix_caching=self.enable_prefix_caching,
             seed=0,

@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from vllm_medusa.tree.candidates import most_probable
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.levels import Asked, LevelHeads
 from vllm_medusa.tree.static import check_size
@@ -88,28 +89,8 @@ class BeamTree:
                 scores, index = of_path.topk(min(self.beam, of_path.shape[1]), dim=1)
                 asked = Asked(tokens.gather(1, index), index // self.top_k)
                 own = index + self._candidates(depth - 1)
-        return self._best(*(torch.cat(parts, dim=1) for parts in (all_tokens, all_parents, all_scores)))
-
-    def _best(
-        self,
-        tokens: torch.Tensor,  # [num_reqs, candidates], int64
-        parents: torch.Tensor,  # [num_reqs, candidates], int64, each one's parent among the candidates
-        scores: torch.Tensor,  # [num_reqs, candidates], float32, logarithms of the paths' probabilities
-    ) -> Drafts:
-        """Make the tree of the most probable candidates."""
-        if self.min_probability:
-            scores = scores.masked_fill(scores < math.log(self.min_probability), -math.inf)
-        # A stable sort keeps the order of the candidates among equals, in which parents come first.
-        best = scores.sort(dim=1, descending=True, stable=True)
-        candidate, scores = (each[:, : self.num_nodes + 1] for each in (best.indices, best.values))
-        row_of = torch.zeros_like(tokens).scatter_(1, candidate, self._rows.expand_as(candidate))
-        node, scores = candidate[:, 1:], scores[:, 1:]
-        return Drafts(
-            tokens=tokens.gather(1, node),
-            parents=row_of.gather(1, parents.gather(1, node)),
-            lengths=(scores > -math.inf).sum(dim=1),
-            log_probs=scores,
-        )
+        tokens, parents, scores = (torch.cat(parts, dim=1) for parts in (all_tokens, all_parents, all_scores))
+        return most_probable(scores, parents, self._rows, self.min_probability, lambda node: tokens.gather(1, node))
 
     def _candidates(self, depth: int) -> int:
         """Return how many candidates there are of at most a depth, the root counted."""

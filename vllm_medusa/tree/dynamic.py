@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
+from vllm_medusa.tree.candidates import most_probable
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.static import Path, check_size, from_paths
 
@@ -103,19 +104,13 @@ class DynamicTree:
         scores = self._scores(log_probs)
         if chained is not None:
             scores.masked_fill_(chained[:, None] & ~self._on_chain, -math.inf)
-        # A stable sort keeps the order of the candidates among equals, in which parents come first.
-        best = scores.sort(dim=1, descending=True, stable=True)
-        candidate, scores = (each[:, : self.num_nodes + 1] for each in (best.indices, best.values))
-        if self.min_probability:
-            scores = scores.masked_fill(scores < math.log(self.min_probability), -math.inf)
-        row_of = candidate.new_empty(len(candidate), len(self._parent))
-        row_of.scatter_(1, candidate, self._row.expand_as(candidate))
-        node, scores = candidate[:, 1:], scores[:, 1:]
-        return Drafts(
-            tokens=tokens.flatten(1).gather(1, self._token[node]),
-            parents=row_of.gather(1, self._parent[node]),
-            lengths=(scores > -math.inf).sum(dim=1),
-            log_probs=scores,
+        flat = tokens.flatten(1)
+        return most_probable(
+            scores,
+            self._parent.expand_as(scores),
+            self._row,
+            self.min_probability,
+            lambda node: flat.gather(1, self._token[node]),
         )
 
     def _scores(

@@ -25,7 +25,7 @@ from vllm_medusa.training.hidden import embedding_of, lm_head_of
 from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.best_first import JointPaths, available_nodes, best_first
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.options import DYNAMIC_BEAM, DYNAMIC_TOP_K
+from vllm_medusa.tree.options import DYNAMIC_TOP_K, TreeOptions
 from vllm_medusa.tree.static import chain
 
 if TYPE_CHECKING:
@@ -150,7 +150,14 @@ def evaluate_heads(
 def _dynamic_tree(spec: HeadsSpec) -> DynamicTree | BeamTree:
     """Return the tree that a GPU verifies by default, or a smaller one for few heads."""
     top_k = min(DYNAMIC_TOP_K, spec.lm_head_rows)
-    nodes = min(JUDGED_NODES, available_nodes(spec.num_heads, top_k))
-    if spec.path_rank is not None:
-        return BeamTree(spec.num_heads, nodes, top_k, DYNAMIC_BEAM, 0.0)
-    return DynamicTree(spec.num_heads, nodes, top_k, 0.0)
+    options = TreeOptions(
+        num_heads=spec.num_heads,
+        vocab_size=spec.lm_head_rows,
+        accuracies=None,
+        num_nodes=min(JUDGED_NODES, available_nodes(spec.num_heads, top_k)),
+        default_num_nodes=JUDGED_NODES,
+        top_k=top_k,
+        min_probability=None,
+        sequential=spec.path_rank is not None,
+    )
+    return options.dynamic()

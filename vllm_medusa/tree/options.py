@@ -82,7 +82,7 @@ class TreeOptions:
 
         """
         if wanted == "dynamic":
-            return self._dynamic()
+            return self.dynamic()
         if isinstance(wanted, str) and wanted not in ("sparse", "chain"):
             return self.build(_read_tree(wanted))
         if self.min_probability is not None:
@@ -111,7 +111,8 @@ class TreeOptions:
             )
         return tree if self.num_nodes is None else tree.prefix(self.num_nodes + 1)
 
-    def _dynamic(self) -> DynamicTree | BeamTree:
+    def dynamic(self) -> DynamicTree | BeamTree:
+        """Build the tree of the most probable paths, of the form that the heads need."""
         top_k = min(self.top_k or DYNAMIC_TOP_K, self.vocab_size)
         floor = self.min_probability or 0.0
         num_nodes = self.num_nodes or self.default_num_nodes

@@ -66,18 +66,63 @@ class Totals:
         )
 
 
+@dataclass(frozen=True)
+class Counters:
+    """One engine's counters at ``/metrics``.
+
+    Attributes:
+        steps: see ``Totals``, as the next two.
+        drafted: steps that verified a draft.
+        nodes: verified nodes.
+        accepted: accepted nodes of a model and engine, which are ``labels``, by depth.
+        labels: the model's name and the engine's index.
+
+    """
+
+    steps: Counter
+    drafted: Counter
+    nodes: Counter
+    accepted: Counter
+    labels: tuple[str, str]
+
+    @classmethod
+    def of(cls, model: str, engine: str) -> Counters:
+        """Return an engine's counters; they appear at once, with 0."""
+        labels = model, engine
+        steps, drafted, nodes, accepted = _families()
+        return cls(steps.labels(*labels), drafted.labels(*labels), nodes.labels(*labels), accepted, labels)
+
+    def add(self, totals: Totals) -> None:
+        self.steps.inc(totals.steps)
+        self.drafted.inc(totals.drafted)
+        self.nodes.inc(totals.nodes)
+        for depth, count in enumerate(totals.accepted, start=1):
+            self.accepted.labels(*self.labels, str(depth)).inc(count)
+
+
+@cache
+def _families() -> tuple[Counter, Counter, Counter, Counter]:
+    """Return the process's counters; Prometheus refuses a name twice."""
+    return (
+        Counter("medusa:steps", "Steps of requests that emitted tokens behind their prompts.", LABELS),
+        Counter("medusa:drafted_steps", "Steps of requests that verified a draft.", LABELS),
+        Counter("medusa:verified_nodes", "Verified nodes of drafts.", LABELS),
+        Counter("medusa:accepted_nodes", "Accepted nodes, by their depth.", (*LABELS, "depth")),
+    )
+
+
 class MedusaStatLogger(StatLoggerBase):
     """Counts and logs; does nothing for an engine without Medusa."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self._since_last_line = Totals()
-        self._labels: tuple[str, str] | None = None
+        self._counters: Counters | None = None
         if vllm_config.speculative_config is None:
             return
         from vllm_medusa.config import medusa_config
 
         if medusa_config(vllm_config) is not None:
-            self._labels = str(vllm_config.model_config.served_model_name), str(engine_index)
+            self._counters = Counters.of(str(vllm_config.model_config.served_model_name), str(engine_index))
 
     def record(
         self,
@@ -87,14 +132,11 @@ class MedusaStatLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Count an iteration."""
-        if self._labels is None or scheduler_stats is None or iteration_stats is None:
+        if self._counters is None or scheduler_stats is None or iteration_stats is None:
             return
         found = Totals.of(len(iteration_stats.inter_token_latencies_iter), scheduler_stats.spec_decoding_stats)
         self._since_last_line.add(found)
-        for name, value in (("steps", found.steps), ("drafted_steps", found.drafted), ("nodes", found.nodes)):
-            _counters()[name].labels(*self._labels).inc(value)
-        for depth, count in enumerate(found.accepted, start=1):
-            _counters()["accepted"].labels(*self._labels, str(depth)).inc(count)
+        self._counters.add(found)
 
     def log(self) -> None:
         """Log what was done since the last line, if anything was."""
@@ -104,14 +146,3 @@ class MedusaStatLogger(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """Say nothing: the start has a line of its own."""
-
-
-@cache
-def _counters() -> dict[str, Counter]:
-    """Return the process's counters; Prometheus refuses a name twice."""
-    return {
-        "steps": Counter("medusa:steps", "Steps of requests that emitted tokens behind their prompts.", LABELS),
-        "drafted_steps": Counter("medusa:drafted_steps", "Steps of requests that verified a draft.", LABELS),
-        "nodes": Counter("medusa:verified_nodes", "Verified nodes of drafts.", LABELS),
-        "accepted": Counter("medusa:accepted_nodes", "Accepted nodes, by their depth.", (*LABELS, "depth")),
-    }

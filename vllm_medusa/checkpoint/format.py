@@ -67,10 +67,9 @@ class HeadsSpec:
     path_rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers", "path_rank"):
+        optional = () if self.path_rank is None else ("path_rank",)
+        for name in ("hidden_size", "vocab_size", "num_heads", "num_layers", *optional):
             value = getattr(self, name)
-            if name == "path_rank" and value is None:
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:

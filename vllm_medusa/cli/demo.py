@@ -22,7 +22,10 @@ def demo(
     ] = None,
     questions: Annotated[Path, typer.Option(help="Questions in Spec-Bench's format.")] = QUESTIONS,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each kind. Default: all.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="The most tokens of an answer.")] = 32,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="The most tokens of an answer. Default: 32, or 16 on CPUs without bf16 instructions."),
+    ] = None,
 ) -> None:
     """Race stock vLLM against draft trees.
 

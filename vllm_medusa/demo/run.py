@@ -25,6 +25,9 @@ from vllm_medusa.demo.report import draw, print_table, summarise, summarise_by_k
 WIDE_ANSWERS = 1
 """Questions of each kind that the wide tree answers: on a CPU its many rows take long."""
 
+TOKENS = {"bfloat16": 32, "float32": 16}
+"""The most tokens of an answer, by the engines' dtype, so that the demo ends within three minutes on two cores."""
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -37,7 +40,7 @@ class DemoSettings:
         native_heads: the heads of vLLM's own chain, plain ones.
         questions: a file of questions (see ``read_questions``); their first turns are asked.
         limit: questions of each kind; None: all.
-        tokens: most tokens of an answer.
+        tokens: most tokens of an answer; None: ``TOKENS``.
 
     """
 
@@ -47,7 +50,7 @@ class DemoSettings:
     native_heads: Path
     questions: Path
     limit: int | None
-    tokens: int
+    tokens: int | None
 
 
 def run_demo(settings: DemoSettings) -> None:
@@ -60,15 +63,16 @@ def run_demo(settings: DemoSettings) -> None:
     questions = read_questions(settings.questions, settings.limit)
     kinds = [question.category for question in questions]
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    dtype = fastest_dtype()
     race = Race(
         target=settings.model,
-        dtype=fastest_dtype(),
+        dtype=dtype,
         configs=speculative_configs(
             CONTENDERS, settings.model, settings.heads, settings.native_heads, settings.directory
         ),
         prompts=[encode_question(tokenizer, question) for question in questions],
         wide_asked=first_of_each(kinds, WIDE_ANSWERS),
-        tokens=settings.tokens,
+        tokens=settings.tokens or TOKENS[dtype],
         stop=(tokenizer.eos_token_id,),
     )
     racing = [name for name in race.configs if name != TREE_WIDE]
@@ -81,7 +85,7 @@ def run_demo(settings: DemoSettings) -> None:
         "heads": str(settings.heads),
         "native_heads": str(settings.native_heads),
         "questions": str(settings.questions),
-        "tokens": settings.tokens,
+        "tokens": race.tokens,
         "trees": TREES,
         "timed_dtype": race.dtype,
         "threads": race.threads,
@@ -92,7 +96,7 @@ def run_demo(settings: DemoSettings) -> None:
     write_results(results, details)
     print_table(summary, by_kind, console)
     note = (
-        f"{settings.model.name} with {settings.heads.name}, {len(questions)} questions, at most {settings.tokens} "
+        f"{settings.model.name} with {settings.heads.name}, {len(questions)} questions, at most {race.tokens} "
         f"tokens each, {race.dtype}, {race.threads} CPU threads"
     )
     console.print(f"{note}; the wide tree answers {len(race.wide_asked)} of them.", highlight=False)

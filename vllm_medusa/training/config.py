@@ -117,6 +117,11 @@ class TrainConfig(Medusa2Recipe):
     )
     block_length: int = Field(default=2048, ge=8, description="Tokens per block.")
     output: Path = Field(description="The directory for the heads, the results and the checkpoints.")
+    initial_heads: Path | None = Field(
+        default=None,
+        description="Go on with these heads, whose sizes the run must have. Default: new ones, which predict what the "
+        "target predicts.",
+    )
 
     steps: int | None = Field(default=None, ge=1, description="Optimizer steps; overrides epochs.")
     epochs: float = Field(default=1.0, gt=0, description="Passes over the data.")
@@ -179,6 +184,11 @@ class TrainConfig(Medusa2Recipe):
             raise ValueError(
                 "cache_hidden must be false with method 'medusa2', got true: the target is trained, so that its hidden "
                 "states change; use method 'medusa1'"
+            )
+        if self.initial_heads is not None and self.draft_vocab is not None:
+            raise ValueError(
+                f"draft_vocab is not for initial_heads, got {self.draft_vocab}: these heads have their own draft "
+                "vocabulary; leave draft_vocab out"
             )
         if self.cache_directory is not None and not self.cache_hidden:
             raise ValueError(

@@ -19,6 +19,7 @@ from vllm_medusa.training.cached_blocks import cached_blocks
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.draft_vocabulary import DraftVocabulary, count_tokens
 from vllm_medusa.training.hidden import lm_head_of
+from vllm_medusa.training.initial import InitialHeads
 from vllm_medusa.training.load import load_target, load_tokenizer
 from vllm_medusa.training.medusa1 import Medusa1
 from vllm_medusa.training.medusa2 import Medusa2, Medusa2Trainer
@@ -121,11 +122,13 @@ def prepare(
     target = load_target(config)
     set_seed(config.seed)  # LoRA's weights are initialised at random.
     weight = lm_head_of(target).weight
-    vocabulary, coverage = choose_vocabulary(config, training, held_out, len(weight))
-    if config.method == "medusa2":
-        return Task(Medusa2(target, config, vocabulary, config.heads_loss), training, held_out, weight.dtype, coverage)
-    model = Medusa1(target, config, vocabulary, config.heads_loss)
-    if not config.cache_hidden:
+    initial = None if config.initial_heads is None else InitialHeads.read(config.initial_heads)
+    vocabulary, coverage = choose_vocabulary(config, initial, training, held_out, len(weight))
+    kind = Medusa2 if config.method == "medusa2" else Medusa1
+    model = kind(target, config, vocabulary, config.heads_loss)
+    if initial is not None:
+        initial.copy_to(model.heads)
+    if isinstance(model, Medusa2) or not config.cache_hidden:
         return Task(model, training, held_out, weight.dtype, coverage)
     cached = cached_blocks(config, target, device, (training, held_out), show_progress)
     model.release_target()
@@ -152,14 +155,21 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def choose_vocabulary(
-    config: TrainConfig, training: datasets.Dataset, held_out: datasets.Dataset, vocab_size: int
+    config: TrainConfig,
+    initial: InitialHeads | None,
+    training: datasets.Dataset,
+    held_out: datasets.Dataset,
+    vocab_size: int,
 ) -> tuple[DraftVocabulary | None, Coverage | None]:
     """Return the draft vocabulary and how much of the text it covers; None if all tokens can be drafted."""
-    if config.draft_vocab is None:
+    vocabulary = None if initial is None else initial.vocabulary
+    if vocabulary is None and config.draft_vocab is None:
         return None, None
     counts = [count_tokens((each["labels"] for each in part.iter(1024)), vocab_size) for part in (training, held_out)]
-    vocabulary = DraftVocabulary.most_frequent(config.draft_vocab, counts[0])
-    return vocabulary, Coverage(config.draft_vocab, *map(vocabulary.coverage, counts))
+    if vocabulary is None:
+        assert config.draft_vocab is not None
+        vocabulary = DraftVocabulary.most_frequent(config.draft_vocab, counts[0])
+    return vocabulary, Coverage(len(vocabulary.tokens), *map(vocabulary.coverage, counts))
 
 
 def _check_size(blocks: datasets.Dataset, least: int, name: str, config: TrainConfig) -> None:

@@ -172,3 +172,25 @@ def test_heads_of_a_draft_vocabulary_are_written_with_their_tokens_and_its_cover
 def test_a_draft_vocabulary_as_large_as_the_targets_is_refused(settings):
     with pytest.raises(ValueError, match=f"draft_vocab must be less than {VOCABULARY}"):
         run(medusa1(settings, draft_vocab=VOCABULARY))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"draft_vocab": 10, "shared_lm_head": True}, {"path_rank": 4}])
+def test_a_run_goes_on_with_heads_of_another_run(settings, sizes, tmp_path):
+    first = run(medusa1(settings, **sizes))
+    kept = {name: value for name, value in sizes.items() if name != "draft_vocab"}
+    more = {**settings, **kept, "output": tmp_path / "more", "initial_heads": first.heads}
+    unchanged = run(medusa1(more, learning_rate=1e-12))
+    assert unchanged.after.top1 == first.after.top1
+    state = read_state(first.heads)
+    again = read_state(unchanged.heads)
+    assert again.keys() == state.keys()
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, state[name], msg=name)
+
+
+def test_initial_heads_of_other_sizes_are_refused(settings, tmp_path):
+    first = run(medusa1(settings))
+    more = settings | {"output": tmp_path / "more", "initial_heads": first.heads}
+    with pytest.raises(ValueError, match=r"initial_heads '.*/heads' has num_layers 1, the run 2; give the run the"):
+        run(medusa1(more, num_layers=2))
+    assert not (tmp_path / "more").exists()

@@ -2,8 +2,9 @@
 """Write chat prompts of many kinds, for the model to answer: python examples/heads/prompts.py N SEED OUTPUT TEXTS...
 
 Prompts that a small chat model writes itself are much alike. These ask for what chat models are asked for: stories,
-code, maths, facts, advice; and for summaries, translations, corrections and lists of facts of passages that the model
-has written before, in its answers in TEXTS (files of ``vllm-medusa distill``). Half of them have a second turn.
+code, maths, facts, advice; and for summaries, translations, corrections and lists of facts of texts that the model has
+written: its own prompts in TEXTS, files of ``vllm-medusa distill --self-prompts``. Some are asked as they are. A
+quarter has a second turn.
 """
 
 from __future__ import annotations
@@ -124,24 +125,17 @@ def passage(pick: random.Random, text: str) -> str:
     )
 
 
-KINDS: tuple[Callable[[random.Random, str], str], ...] = (writing, facts, advice, code, maths, passage, passage)
+def own(_: random.Random, text: str) -> str:
+    return text
+
+
+KINDS: tuple[Callable[[random.Random, str], str], ...] = (writing, facts, advice, code, maths, passage, passage, own)
 
 
 def passages(files: list[Path]) -> list[str]:
-    """Return the beginnings of the answers in files, whole sentences of at most ``WORDS`` words."""
-    found = []
-    for file in files:
-        for line in file.read_text().splitlines():
-            for message in json.loads(line)["messages"]:
-                sentences, words = [], 0
-                for sentence in message["content"].split("\n")[0].split(". "):
-                    words += len(sentence.split())
-                    if words > WORDS:
-                        break
-                    sentences.append(sentence)
-                if message["role"] == "assistant" and words > 8 and sentences:
-                    found.append(". ".join(sentences))
-    return found
+    """Return the first ``WORDS`` words of each text in files of prompts."""
+    read = read_prompts(files, BadLineCounter(BadLines.REFUSE))
+    return [" ".join(prompt.first_user_message.content.split()[:WORDS]) for _, prompt in read]
 
 
 def prompts(count: int, seed: int, texts: list[str], left_out: set[str]) -> Iterator[list[str]]:
@@ -153,7 +147,7 @@ def prompts(count: int, seed: int, texts: list[str], left_out: set[str]) -> Iter
         if first not in known:
             known.add(first)
             follow_ups = ABOUT["code_follow_ups"] if kind is code else ABOUT["follow_ups"]
-            yield [first, pick.choice(follow_ups)] if pick.random() < 0.5 else [first]
+            yield [first, pick.choice(follow_ups)] if pick.random() < 0.25 else [first]
 
 
 def main() -> None:

@@ -185,11 +185,6 @@ class TrainConfig(Medusa2Recipe):
                 "cache_hidden must be false with method 'medusa2', got true: the target is trained, so that its hidden "
                 "states change; use method 'medusa1'"
             )
-        if self.initial_heads is not None and self.draft_vocab is not None:
-            raise ValueError(
-                f"draft_vocab is not for initial_heads, got {self.draft_vocab}: these heads have their own draft "
-                "vocabulary; leave draft_vocab out"
-            )
         if self.cache_directory is not None and not self.cache_hidden:
             raise ValueError(
                 f"cache_directory is a setting of cache_hidden, got {str(self.cache_directory)!r} without it; "

@@ -39,13 +39,24 @@ class InitialHeads:
         return DraftVocabulary(self.state[TOKEN_MAP]) if TOKEN_MAP in self.state else None
 
     def copy_to(self, heads: TrainableHeads) -> None:
-        """Copy the weights into a run's heads; raises ``ValueError`` if those have other sizes."""
-        wanted = asdict(heads.spec)
-        for name, value in asdict(self.spec).items():
+        """Copy the weights into a run's heads.
+
+        The draft vocabulary may be another one where the LM head is the target's: its rows are not trained.
+
+        Raises:
+            ValueError: the run's heads have other sizes.
+
+        """
+        wanted, has = asdict(heads.spec), asdict(self.spec)
+        copied = self.state
+        if heads.spec.shared_lm_head and self.spec.shared_lm_head:
+            del wanted["draft_vocab_size"], has["draft_vocab_size"]
+            trained = {name for name, parameter in heads.named_parameters() if parameter.requires_grad}
+            copied = {name: each for name, each in copied.items() if name in trained}
+        for name, value in has.items():
             if wanted[name] != value:
                 raise ValueError(
                     f"initial_heads {str(self.directory)!r} has {name} {value}, the run {wanted[name]}; give the run "
                     "the settings of these heads, or leave initial_heads out"
                 )
-        # A shared LM head over all tokens is the target's, and not in the checkpoint.
-        heads.load_state_dict(self.state, strict=False)
+        heads.load_state_dict(copied, strict=False)

@@ -162,7 +162,7 @@ def choose_vocabulary(
     vocab_size: int,
 ) -> tuple[DraftVocabulary | None, Coverage | None]:
     """Return the draft vocabulary and how much of the text it covers; None if all tokens can be drafted."""
-    vocabulary = None if initial is None else initial.vocabulary
+    vocabulary = None if initial is None or config.draft_vocab is not None else initial.vocabulary
     if vocabulary is None and config.draft_vocab is None:
         return None, None
     counts = [count_tokens((each["labels"] for each in part.iter(1024)), vocab_size) for part in (training, held_out)]

@@ -307,11 +307,6 @@ COMMANDS = Section(
             arguments=lambda d: train(d, "--method", "medusa2", "--target-training", "full", "--distill"),
         ),
         command(
-            "`train --initial-heads H --draft-vocab 8`",
-            "draft_vocab is not for initial_heads, got 8",
-            arguments=lambda d: train(d, "--initial-heads", d / "H", "--draft-vocab", "8"),
-        ),
-        command(
             "`train --config absent.yaml`", "absent.yaml", arguments=lambda d: train(d, "--config", d / "absent.yaml")
         ),
     ),

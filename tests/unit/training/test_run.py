@@ -188,9 +188,21 @@ def test_a_run_goes_on_with_heads_of_another_run(settings, sizes, tmp_path):
         torch.testing.assert_close(tensor, state[name], msg=name)
 
 
-def test_initial_heads_of_other_sizes_are_refused(settings, tmp_path):
-    first = run(medusa1(settings))
+def test_initial_heads_that_share_the_targets_lm_head_may_get_another_draft_vocabulary(settings, tmp_path):
+    first = run(medusa1(settings, draft_vocab=10, shared_lm_head=True))
     more = settings | {"output": tmp_path / "more", "initial_heads": first.heads}
-    with pytest.raises(ValueError, match=r"initial_heads '.*/heads' has num_layers 1, the run 2; give the run the"):
-        run(medusa1(more, num_layers=2))
+    wider = run(medusa1(more, draft_vocab=12, shared_lm_head=True, learning_rate=1e-12))
+    state, again = read_state(first.heads), read_state(wider.heads)
+    assert len(again["token_map"]) == len(again["lm_heads.0.weight"]) == 12
+    torch.testing.assert_close(again["blocks.0.layers.0.weight"], state["blocks.0.layers.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"), [({"num_layers": 2}, "num_layers"), ({"draft_vocab": 9}, "draft_vocab_size")]
+)
+def test_initial_heads_of_other_sizes_are_refused(settings, changes, name, tmp_path):
+    first = run(medusa1(settings, draft_vocab=10))
+    more = settings | {"output": tmp_path / "more", "initial_heads": first.heads}
+    with pytest.raises(ValueError, match=rf"initial_heads '.*/heads' has {name} \d+, the run \d+; give the run the"):
+        run(medusa1(more, **changes))
     assert not (tmp_path / "more").exists()

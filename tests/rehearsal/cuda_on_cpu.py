@@ -7,6 +7,7 @@ are vLLM's own stand-ins for CPUs. A CUDA graph is what ``tests.rehearsal.graphs
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
@@ -14,6 +15,23 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+class TimedEvent:
+    """A CUDA event on a device that does everything at once: the time at which it was recorded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, *args: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: TimedEvent) -> float:
+        return 1000 * (end.seconds - self.seconds)
+
 
 MEMORY = 1 << 30
 """Bytes that the worker is told to be there and free."""
@@ -99,6 +117,7 @@ def cuda_worker() -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         for name, value in accelerator.items():
             stack.enter_context(patch.object(torch.accelerator, name, value))
+        stack.enter_context(patch.object(torch.cuda, "Event", TimedEvent))
         stack.enter_context(patch.object(torch.cuda, "CUDAGraph", RecordedGraph))
         stack.enter_context(patch.object(torch.cuda, "graph", record))
         stack.enter_context(patch.object(torch.cuda.memory, "get_allocator_backend", lambda: "none"))

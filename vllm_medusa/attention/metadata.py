@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -19,10 +19,13 @@ class TreeMetadataBuilder:
 
     Attributes:
         trees: the trees of the step that is built for next, set by the model runner; None where nothing is verified.
+        lengths_vary: whether only the device knows how many rows each request has, and CUDA graphs of decode steps take
+            any; set by the model runner.
 
     """
 
     trees: StepTrees | None = None
+    lengths_vary: bool = False
 
     def prepare_for_branches(self) -> None:
         """Make ready for branching trees, once, at the engine's start; a builder overrides it if it has to."""
@@ -43,12 +46,18 @@ class TreeBackendMixin:
         return cls.tree_builder
 
 
-def announce_trees(groups: Iterable[AttentionGroup], trees: StepTrees | None) -> None:
-    """Tell the metadata builders of all attention groups what the next build is for."""
+def tree_builders(groups: Iterable[AttentionGroup]) -> Iterator[TreeMetadataBuilder]:
+    """Yield the metadata builders of all attention groups that can mask trees."""
     for group in groups:
         for builder in group.metadata_builders:
             if isinstance(builder, TreeMetadataBuilder):
-                builder.trees = trees
+                yield builder
+
+
+def announce_trees(groups: Iterable[AttentionGroup], trees: StepTrees | None) -> None:
+    """Tell the metadata builders of all attention groups what the next build is for."""
+    for builder in tree_builders(groups):
+        builder.trees = trees
 
 
 def prepare_backends(groups: Iterable[AttentionGroup]) -> None:

@@ -52,6 +52,34 @@ def speculator(make: Callable[[VllmConfig, torch.device], Any]) -> AbstractConte
     return replaced(model_runner, "init_speculator", init_speculator)
 
 
+def adaptive_verification(make: Callable[..., Any], refused: Callable[[ValueError], None]) -> AbstractContextManager[None]:
+    """Let a V2 runner make its manager of adaptive verification with ``make``.
+
+    Args:
+        make: takes what vLLM's manager takes.
+        refused: is told if an attention backend cannot serve it; the runner then has none.
+
+    """
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu.spec_decode import adaptive_verification as owner
+
+    create = model_runner.maybe_create_adaptive_verification_manager
+
+    # Reason: the runner makes its manager in the midst of a long method, by a function that names the class, and a
+    # backend that cannot serve it ends the start, where a budget that is not asked for by number is to be left out.
+    def maybe_create_adaptive_verification_manager(**kwargs: Any) -> Any:
+        with replaced(owner, "AdaptiveVerificationManager", make):
+            try:
+                return create(**kwargs)
+            except ValueError as error:
+                refused(error)
+                return None
+
+    return replaced(
+        model_runner, "maybe_create_adaptive_verification_manager", maybe_create_adaptive_verification_manager
+    )
+
+
 def cpu_runner(runner: type, *, v2: bool) -> AbstractContextManager[None]:
     """Let the CPU worker construct this runner.
 

@@ -27,8 +27,7 @@ class MedusaProposer:
         assert options is not None
         self.vllm_config = vllm_config
         self.options = options
-        has_budget = options.medusa_budget != "off" and not vllm_config.use_v2_model_runner
-        self.tree = options.judged_tree if has_budget else options.tree
+        self.tree = options.tree if options.medusa_budget == "off" else options.judged_tree
         self.model: MedusaHeads
 
     def load_model(self, target_model: nn.Module) -> None:

@@ -41,8 +41,9 @@ class TreeAttentionMetadata:
 class TreeBuilderMixin(TreeMetadataBuilder):
     """Splits a step between our kernel and the native backend.
 
-    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host. The trees
-    lie in buffers that stay where they are: a CUDA graph of uniform decodes, which is all ours, reads them in replay.
+    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host, also where
+    only the device knows how many rows each of them has. The trees lie in buffers that stay where they are: a CUDA
+    graph of decodes, which is all ours, reads them in replay.
     """
 
     def __init__(
@@ -55,33 +56,41 @@ class TreeBuilderMixin(TreeMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> AttentionCGSupport:
-        """Whole graphs for uniform decodes; steps that the native backend has a part in are captured piecewise."""
+        """Whole graphs for decodes; steps that the native backend has a part in are captured piecewise."""
         return AttentionCGSupport.UNIFORM_BATCH
 
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec) -> int | None:
+        """Such a graph takes any number of rows of each request, up to the whole tree's."""
+        return vllm_config.num_speculative_tokens + 1
+
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TreeAttentionMetadata:
-        """Build for the capture of a step in which every request has as many rows as the whole tree."""
-        common = common_attn_metadata
-        return self._ours(common, common.num_reqs, common.num_actual_tokens, self._max_rows, native=None)
+        """Build for the capture of a step in which every token is a row, or for a dummy run of its graph."""
+        common, trees = common_attn_metadata, self.trees
+        assert trees is not None
+        # A dummy run derives no trees, and is to attend to its contexts as long as a real step does.
+        contexts = common.seq_lens - common.query_start_loc.diff()
+        trees.root_positions[: common.num_reqs].copy_(contexts)
+        return self._ours(common, common.num_reqs, common.num_actual_tokens, native=None)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         """Build vLLM's own metadata, or in a step that verifies drafts ours, around it where both have a part."""
         trees, common = self.trees, common_attn_metadata
-        if trees is None or not trees.num_drafting_reqs:
-            return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
-        requests = trees.num_drafting_reqs
         start = common.query_start_loc_cpu.numpy()
-        tokens, total = int(start[requests]), int(start[common.num_reqs])
-        max_rows = int(np.diff(start[: requests + 1]).max())
-        if tokens == total:
+        requests = trees.num_drafting_reqs if trees is not None else 0
+        if trees is not None and (requests or self.lengths_vary) and start[common.num_reqs] == len(trees.logits_indices):
             # With the padding, for which a captured graph has been given its sizes.
-            return self._ours(common, common.num_reqs, common.num_actual_tokens, max_rows, native=None)
+            return self._ours(common, common.num_reqs, common.num_actual_tokens, native=None)
+        if not requests:
+            return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
+        tokens = int(start[requests])
         native = super().build(0, _behind(common, requests, tokens), fast_build)  # type: ignore[misc]
-        return self._ours(common, requests, tokens, max_rows, native)
+        return self._ours(common, requests, tokens, native)
 
     def _ours(
-        self, common: CommonAttentionMetadata, requests: int, tokens: int, max_rows: int, native: Any | None
+        self, common: CommonAttentionMetadata, requests: int, tokens: int, native: Any | None
     ) -> TreeAttentionMetadata:
         assert self.trees is not None
         step = AttentionStep(
@@ -90,7 +99,7 @@ class TreeBuilderMixin(TreeMetadataBuilder):
             block_table=common.block_table_tensor[:requests],
             ancestor_bits=self.trees.ancestor_bits[:tokens],
             depths=self.trees.depths[:tokens],
-            max_rows=max_rows,
+            max_rows=self._max_rows,
         )
         contexts = self._plan_contexts(step, self.trees, common.max_seq_len)
         return TreeAttentionMetadata(step, tokens, self._workspace, native, contexts)

@@ -71,7 +71,7 @@ class TreeFlashAttentionMetadataBuilder(
         if not self._plans_contexts:
             return None
         num_reqs, rows = len(step.seq_lens), step.max_rows * (self.num_heads_q // self.num_heads_kv)
-        programs = num_reqs * cdiv(rows, BLOCK_ROWS) * self.num_heads_kv
+        programs = step.least_reqs * cdiv(rows, BLOCK_ROWS) * self.num_heads_kv
         most_splits = self.attention_config.flash_attn_max_num_splits_for_cuda_graph
         max_splits = min(cdiv(self._workspace.gpu.processors, programs), most_splits)
         is_quantised = self.cache_config.cache_dtype.startswith("fp8")

@@ -58,6 +58,11 @@ class AttentionStep:
     depths: torch.Tensor
     max_rows: int
 
+    @property
+    def least_reqs(self) -> int:
+        """The fewest requests that so many tokens can belong to; others may be padding, or have a row or two."""
+        return min(cdiv(len(self.ancestor_bits), self.max_rows), len(self.seq_lens))
+
 
 @dataclass(frozen=True, eq=False)
 class LayerOptions:
@@ -176,7 +181,7 @@ def choose_tiling(
 
     Args:
         num_tokens: the step's, padding included.
-        num_reqs: the step's, padding included.
+        num_reqs: ``AttentionStep.least_reqs``: more of them have the less to do each.
         max_rows: of one request.
         heads: query heads.
         kv_heads: KV heads.
@@ -242,7 +247,7 @@ def tree_attention(
     if tiling is None:
         tiling = choose_tiling(
             num_tokens,
-            num_reqs,
+            step.least_reqs,
             step.max_rows,
             heads,
             kv_heads,

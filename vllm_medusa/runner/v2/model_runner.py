@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -21,21 +23,26 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_medusa.attention.metadata import announce_trees, prepare_backends
+from vllm_medusa.attention.metadata import announce_trees, prepare_backends, tree_builders
 from vllm_medusa.attention.triton.selection import tree_attention_selected
-from vllm_medusa.compat.runners import speculator
-from vllm_medusa.config import check_engine, medusa_config
+from vllm_medusa.budget.device_correction import DeviceCorrection
+from vllm_medusa.compat.runners import adaptive_verification, speculator
+from vllm_medusa.config import MedusaSpeculativeConfig, check_engine, medusa_config
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.request import RequestOptions
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
+from vllm_medusa.runner.v2.budget import BudgetManager, lacking
 from vllm_medusa.runner.v2.drafts import WaitingDrafts
 from vllm_medusa.runner.v2.proposal_graphs import ProposalBuffers, ProposalGraphs
 from vllm_medusa.runner.v2.sampling import TreeVerifier
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs
-from vllm_medusa.tree.drafts import Drafts
+from vllm_medusa.tree.drafts import NO_TOKEN, Drafts
+
+# vLLM's handlers are those of loggers below "vllm".
+logger = init_logger("vllm.medusa")
 
 
 class MedusaSpeculator(BaseSpeculator):
@@ -45,6 +52,10 @@ class MedusaSpeculator(BaseSpeculator):
         stopped_at: ``[num_reqs]``, int64: ``Walk.stopped_at`` of the step's requests.
         chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
         max_nodes: ``[num_reqs]``, int64: most nodes of each request's draft; None if none has a limit.
+        asked: whether the heads are asked in this step.
+        enable_adaptive_verification: whether a budget chooses how much of each draft is verified; vLLM's own name.
+        correction: what the budget is told of drafts comes from here; None without one.
+        draft_token_confidence_probs: ``[max_num_reqs, num_nodes]``, float32: what it is told; vLLM's own name.
         drafts: the trees of drafts that wait for their verification.
         graphs: the proposal as CUDA graphs. vLLM makes them anew, and drops those with which it measured memory.
 
@@ -59,8 +70,17 @@ class MedusaSpeculator(BaseSpeculator):
         self.stopped_at: torch.Tensor | None = None
         self.chained: torch.Tensor | None = None
         self.max_nodes: torch.Tensor | None = None
+        self.asked = True
         self.graphs: ProposalGraphs | None = None
-        self._buffers = ProposalBuffers.allocate(vllm_config, self.proposer.tree.num_nodes, device)
+        tree, max_num_reqs = self.proposer.tree, vllm_config.scheduler_config.max_num_seqs
+        self.enable_adaptive_verification = self.proposer.options.medusa_budget != "off" and not lacking(vllm_config)
+        self.correction: DeviceCorrection | None = None
+        if self.enable_adaptive_verification:
+            self.correction = DeviceCorrection(tree.depth, tree.num_nodes, max_num_reqs, device)
+            self.draft_token_confidence_probs = torch.zeros(max_num_reqs, tree.num_nodes, device=device)
+        self._buffers = ProposalBuffers.allocate(
+            vllm_config, tree.num_nodes, device, judged=self.enable_adaptive_verification
+        )
         self._vllm_config, self._device = vllm_config, device
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -94,6 +114,8 @@ class MedusaSpeculator(BaseSpeculator):
         hidden = self._buffers.hidden[: input_batch.num_reqs]
         if dummy_run:
             return self._draft(hidden, None).tokens
+        if not self.asked:
+            return self._nothing(input_batch.idx_mapping)
         assert self.stopped_at is not None
         torch.index_select(last_hidden_states, 0, self.stopped_at, out=hidden)
         if self.proposer.model.paths is not None:
@@ -103,7 +125,18 @@ class MedusaSpeculator(BaseSpeculator):
         if self.max_nodes is not None:
             drafts = drafts.cut(self.max_nodes)
         self.drafts.keep(input_batch.idx_mapping, drafts)
+        if self.correction is not None:
+            self.correction.rate(drafts, input_batch.idx_mapping, self.draft_token_confidence_probs)
         return drafts.tokens if self.chained is None and self.max_nodes is None else drafts.padded_tokens()
+
+    def _nothing(
+        self,
+        idx_mapping: torch.Tensor,  # [num_reqs], int64
+    ) -> torch.Tensor:  # [num_reqs, num_nodes], int64
+        """Return drafts without a token, of which nothing is worth verifying."""
+        assert self.correction is not None
+        self.correction.forget(idx_mapping, self.draft_token_confidence_probs)
+        return idx_mapping.new_full((len(idx_mapping), self.proposer.tree.num_nodes), NO_TOKEN)
 
     def _draft(
         self,
@@ -135,11 +168,8 @@ class MedusaModelRunner(GPUModelRunner):
                 f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
                 "which verifies as many rows for every request; leave it out"
             )
-        if isinstance(options.medusa_budget, int):
-            raise ValueError(
-                f"medusa_budget: {options.medusa_budget} cannot be heeded by vLLM's model runner V2, which verifies as "
-                'many rows for every request; give "off", or fewer num_speculative_tokens'
-            )
+        if options.medusa_budget != "off" and (reason := lacking(vllm_config)):
+            _without_budget(options, reason)
         with speculator(MedusaSpeculator):
             super().__init__(vllm_config, device)
         self._options = options
@@ -161,10 +191,14 @@ class MedusaModelRunner(GPUModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        manager = partial(BudgetManager, budget=self._options.medusa_budget, room=self._room)
+        with adaptive_verification(manager, self._refuse_budget):
+            super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         tree = self.speculator.proposer.tree
         if tree.branches:
             prepare_backends(self._groups())
+        for builder in tree_builders(self._groups()):
+            builder.lengths_vary = self.adaptive_verification is not None
         log_start(self.vllm_config, tree, self._groups())
         announce_trees(self._groups(), self._buffers)
         # A chain's accepted rows are in place already. A model that only chains serve (MLA) may have any cache.
@@ -226,13 +260,39 @@ class MedusaModelRunner(GPUModelRunner):
         # A step without drafts is not verified; it has a row a request.
         self.speculator.stopped_at = trees.logits_indices
         if verifier.accepted is not None:
+            if self.speculator.correction is not None:
+                self.speculator.correction.observe(
+                    trees,
+                    verifier.accepted.lengths,
+                    input_batch.idx_mapping,
+                    input_batch.expanded_idx_mapping,
+                    input_batch.expanded_local_pos,
+                    self.req_states.prefill_len.gpu,
+                )
             if self._commit is not None:
                 self._commit(trees, verifier.accepted, list(self._slots))
             self.speculator.stopped_at = verifier.accepted.stopped_at
         self.speculator.chained = self._on_device(self._follows_grammar[slots])
         limits, num_nodes = self._max_nodes[slots], self.speculator.proposer.tree.num_nodes
         self.speculator.max_nodes = async_tensor_h2d(limits, device=self.device) if (limits < num_nodes).any() else None
+        budget = self.adaptive_verification
+        self.speculator.asked = budget is None or budget.asks_heads(input_batch.num_reqs)
         return sampled
+
+    def _refuse_budget(self, error: ValueError) -> None:
+        """Do without a budget, because of what vLLM says."""
+        reason, _, _ = str(error).partition(". Pass")
+        _without_budget(self._options, reason)
+        self.speculator.enable_adaptive_verification, self.speculator.correction = False, None
+
+    def _room(
+        self,
+        slots: np.ndarray,  # [num_reqs], int
+    ) -> int:
+        """Return the most nodes that a budget may let the verifier have, of requests in these slots."""
+        assert isinstance(self.rejection_sampler, TreeVerifier)
+        asking = bool(self._asks_rule[slots].any())
+        return self.rejection_sampler.room(slots, self._max_depth, self.vocab_size, asking=asking)
 
     def _on_device(self, flags: np.ndarray) -> torch.Tensor | None:
         """Return the requests' flags, ``[num_reqs]``, bool; None if none is set, which costs no copy."""
@@ -240,3 +300,18 @@ class MedusaModelRunner(GPUModelRunner):
 
     def _groups(self) -> Iterator[AttentionGroup]:
         return (group for groups in self.attn_groups for group in groups)
+
+
+def _without_budget(options: MedusaSpeculativeConfig, reason: str) -> None:
+    """Say that every draft is verified whole, and why.
+
+    Raises:
+        ValueError: the options ask for a budget by number.
+
+    """
+    if isinstance(options.medusa_budget, int):
+        raise ValueError(
+            f"medusa_budget: {options.medusa_budget} cannot be heeded by vLLM's model runner V2 in this engine: {reason}; "
+            'give "off", or fewer num_speculative_tokens'
+        )
+    logger.info_once("Medusa: no budget, every draft is verified whole: %s", reason)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.config import VllmConfig
@@ -23,7 +23,7 @@ class ProposalBuffers:
     Attributes:
         hidden: ``[max_num_reqs, hidden_size]``: hidden states.
         roots: ``[max_num_reqs]``, int64: the last sampled tokens, for heads that read them.
-        drafts: what is drafted from them; no ``log_probs``, which verification on V2 does not ask for.
+        drafts: what is drafted from them; without ``log_probs`` where no budget asks for them.
 
     """
 
@@ -32,24 +32,38 @@ class ProposalBuffers:
     drafts: Drafts
 
     @classmethod
-    def allocate(cls, vllm_config: VllmConfig, num_nodes: int, device: torch.device) -> ProposalBuffers:
-        """Allocate buffers, once for all graphs that an engine captures in its life."""
+    def allocate(
+        cls, vllm_config: VllmConfig, num_nodes: int, device: torch.device, *, judged: bool
+    ) -> ProposalBuffers:
+        """Allocate buffers, once for all graphs that an engine captures in its life.
+
+        Args:
+            vllm_config: the engine's.
+            num_nodes: of the largest draft.
+            device: where to.
+            judged: whether the drafts' ``log_probs`` are kept.
+
+        """
         num_reqs, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
         hidden = torch.zeros(num_reqs, model.get_hidden_size(), dtype=model.dtype, device=device)
         nodes = torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device)
         roots = torch.zeros(num_reqs, dtype=torch.int64, device=device)
-        return cls(hidden, roots, Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0])))
+        log_probs = torch.zeros(nodes.shape, device=device) if judged else None
+        return cls(hidden, roots, Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0]), log_probs))
 
     def keep(self, drafts: Drafts) -> None:
         """Copy drafts into the buffers."""
         self.drafts.tokens[: len(drafts.tokens)] = drafts.tokens
         self.drafts.parents[: len(drafts.tokens)] = drafts.parents
         self.drafts.lengths[: len(drafts.tokens)] = drafts.lengths
+        if self.drafts.log_probs is not None:
+            assert drafts.log_probs is not None
+            self.drafts.log_probs[: len(drafts.tokens)] = drafts.log_probs
 
     def first(self, num_reqs: int) -> Drafts:
         """Return the first requests' drafts."""
-        drafts = self.drafts
-        return Drafts(drafts.tokens[:num_reqs], drafts.parents[:num_reqs], drafts.lengths[:num_reqs])
+        parts = {name: each[:num_reqs] for name, each in vars(self.drafts).items() if each is not None}
+        return replace(self.drafts, **parts)
 
 
 class ProposalGraphs(CudaGraphManager):

@@ -119,12 +119,10 @@ class TreeVerifier(RejectionSampler):
         )
         first_row, levels = input_batch.cu_num_logits_np, trees.max_depth + 1
         # Draws by level and reports take a row a level of each request, even where its tree has fewer.
-        rows = np.maximum(np.diff(first_row), levels)
-        if self.asking is not None:
-            # A rule reads distributions, which take as much twice over, and of paths where logits depend on them.
-            rows = rows * (3 * levels if self._depends_on_path(input_batch) else 3)
+        rows = np.maximum(np.diff(first_row), levels) * self._copies(requests, levels, asking=self.asking is not None)
         chunks = list(_iter_request_chunks(np.append(0, rows.cumsum()), get_max_chunk_logits(logits.shape[1])))
-        if len(chunks) == 1:
+        # A budget that has cut the drafts leaves the requests' rows to the device, and no more of them than one chunk.
+        if len(chunks) == 1 or len(logits) != first_row[-1]:
             return self._verify_chunk(logits, input_batch, trees, wanted, self.asking)
         walks: list[Walk] = []
         logprobs: list[LogprobsTensors] = []
@@ -157,6 +155,27 @@ class TreeVerifier(RejectionSampler):
             SamplingMaskTensors.cat(masks) if masks else None,
         )
 
+    def room(self, requests: np.ndarray, max_depth: int, vocab_size: int, *, asking: bool) -> int:
+        """Return how many nodes can be verified in one chunk; below 0 if not even the requests' roots can.
+
+        Args:
+            requests: the requests' slots.
+            max_depth: the deepest tree's depth.
+            vocab_size: logits of a row.
+            asking: whether some request asks for the rule.
+
+        """
+        levels = max_depth + 1
+        rows = get_max_chunk_logits(vocab_size) // self._copies(requests, levels, asking=asking)
+        return rows - len(requests) * levels
+
+    def _copies(self, requests: np.ndarray, levels: int, *, asking: bool) -> int:
+        """Return how many copies of its rows' logits a chunk takes."""
+        if not asking:
+            return 1
+        # A rule reads distributions, which take as much twice over, and of paths where logits depend on them.
+        return 3 * levels if self._depends_on_path(requests) else 3
+
     def _verify_chunk(
         self,
         logits: torch.Tensor,
@@ -168,7 +187,7 @@ class TreeVerifier(RejectionSampler):
         sampler = self.sampler
         scores_processed = wanted.logprobs_dims is not None and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         needs_processed = scores_processed or wanted.max_num_kept is not None
-        depends_on_path = self._depends_on_path(input_batch)
+        depends_on_path = self._depends_on_path(input_batch.idx_mapping_np)
         settled = None
         if asking is not None:
             settled = self._settled(logits, input_batch, trees, asking, depends_on_path)
@@ -200,9 +219,9 @@ class TreeVerifier(RejectionSampler):
             )
         return accepted, logprobs, masks
 
-    def _depends_on_path(self, input_batch: InputBatch) -> bool:
-        """Whether some request's logits depend on the tokens between the root and a row."""
-        requests, sampler = input_batch.idx_mapping_np, self.sampler
+    def _depends_on_path(self, requests: np.ndarray) -> bool:
+        """Whether some of the requests in these slots have logits that depend on the tokens from the root to a row."""
+        sampler = self.sampler
         for processor in sampler.logits_processors:
             match processor:
                 case LogitBiasState():

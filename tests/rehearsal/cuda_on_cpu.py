@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 
+
 class TimedEvent:
     """A CUDA event on a device that does everything at once: the time at which it was recorded."""
 

@@ -151,14 +151,14 @@ def test_a_tree_of_which_no_part_is_chosen_by_cost_is_small_on_a_cpu(models: Mod
 
 
 @pytest.mark.parametrize(
-    ("budget", "is_v2", "is_judged"),
-    [("auto", False, True), (8, False, True), ("off", False, False), ("auto", True, False)],
+    ("budget", "is_judged"),
+    [("auto", True), (8, True), ("off", False)],
 )
 def test_drafts_of_a_static_tree_say_how_probable_they_are_where_a_budget_asks(
-    models: Models, budget: str | int, is_v2: bool, is_judged: bool
+    models: Models, budget: str | int, is_judged: bool
 ) -> None:
     options = models.medusa({"medusa_budget": budget, "medusa_tree": [20, 2, 1]})
-    tree = MedusaProposer(SimpleNamespace(speculative_config=options, use_v2_model_runner=is_v2)).tree
+    tree = MedusaProposer(SimpleNamespace(speculative_config=options)).tree
     assert isinstance(tree, StaticTree)
     assert (tree.log_probs is not None) is is_judged
 

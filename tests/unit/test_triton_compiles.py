@@ -7,7 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,9 +29,11 @@ from vllm_medusa.attention.triton.ops import (
     Workspace,
     tree_attention,
 )
+from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees
+from vllm_medusa.tree.drafts import Drafts
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -221,6 +223,21 @@ def test_slots_are_split_for_one_wave_of_programs(architecture: Architecture) ->
 
 def test_a_batch_that_keeps_the_device_busy_by_itself_is_one_launch(architecture: Architecture) -> None:
     assert len(attend(architecture, rows=64, group=4, requests=32)) == 1
+
+
+def test_the_budget_is_told_of_drafts_and_learns_of_walks_in_a_launch_each(
+    architecture: Architecture, tmp_path: Path
+) -> None:
+    device, lengths = torch.device("meta"), empty(2, dtype=torch.int32)
+    correction, buffers = DeviceCorrection(4, 31, 8, device), StepTrees.allocate(31, 2, 80, device)
+    probabilities = empty(2, 31, dtype=torch.float32)
+    with launches() as noted:
+        correction.rate(Drafts(empty(2, 31), empty(2, 31), empty(2), probabilities), empty(2), probabilities)
+        trees = replace(buffers, logits_indices=empty(64), positions=buffers.positions[:64])
+        correction.observe(trees, lengths, empty(2), empty(64), lengths, empty(8, dtype=torch.int32))
+    assert len(noted) == 2
+    for launch in noted:
+        assert launch.compile(architecture, tmp_path).stack == 0
 
 
 def test_the_trees_the_walk_and_the_commit_are_one_launch_each(architecture: Architecture, tmp_path: Path) -> None:

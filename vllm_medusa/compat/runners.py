@@ -52,7 +52,9 @@ def speculator(make: Callable[[VllmConfig, torch.device], Any]) -> AbstractConte
     return replaced(model_runner, "init_speculator", init_speculator)
 
 
-def adaptive_verification(make: Callable[..., Any], refused: Callable[[ValueError], None]) -> AbstractContextManager[None]:
+def adaptive_verification(
+    make: Callable[..., Any], refused: Callable[[ValueError], None]
+) -> AbstractContextManager[None]:
     """Let a V2 runner make its manager of adaptive verification with ``make``.
 
     Args:

@@ -13,6 +13,7 @@ TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
 LOGITS_PROCESSOR = "vllm.model_executor.layers.logits_processor:LogitsProcessor"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
+BUDGET = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
 BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
 
@@ -64,6 +65,21 @@ SIGNATURES: Final = {
         "self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
         "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
         "skip_attn_for_dummy_run, mm_inputs, is_profile, num_speculative_tokens"
+    ),
+    # Wrapped and overridden: V2's adaptive verification.
+    f"{BUDGET}:maybe_create_adaptive_verification_manager": (
+        "enable_adaptive_verification, attn_groups, req_states, query_start_loc, num_bonus_tokens, max_total_logits, "
+        "vllm_config, target_layer_names, additional_attn_cg_support"
+    ),
+    f"{BUDGET}:AdaptiveVerificationManager.__init__": (
+        "self, req_states, query_start_loc, num_bonus_tokens, max_total_logits"
+    ),
+    f"{BUDGET}:AdaptiveVerificationManager.get_num_tokens": "self, num_tokens_per_req, draft_tokens",
+    f"{BUDGET}:AdaptiveVerificationManager.add_request": "self, req_idx",
+    f"{BUDGET}:AdaptiveVerificationManager.record_confidences": "self, confidence_probs, input_batch",
+    f"{BUDGET}:AdaptiveVerificationManager.set_cost_curves": "self, draft_curve, verify_curve",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_varlen_cudagraph_max_query_len": (
+        "cls, vllm_config, kv_cache_spec"
     ),
     # Overridden: the worker and attention.
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": "self",
@@ -176,19 +192,22 @@ FIELDS: Final = {
         "method model num_speculative_tokens draft_tensor_parallel_size revision code_revision target_model_config "
         "target_parallel_config draft_model_config draft_parallel_config"
     ),
-    "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window",
+    "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window return_sampling_mask",
+    "vllm.config.aux_output:AuxOutputConfig": "enabled",
     "vllm.engine.arg_utils:EngineArgs": "speculative_config spec_method spec_model spec_tokens",
     "vllm.config.parallel:ParallelConfig": (
-        "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"
+        "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size use_ubatching"
     ),
     "vllm.config.attention:AttentionConfig": "flash_attn_max_num_splits_for_cuda_graph",
     "vllm.config.cache:CacheConfig": "cache_dtype kv_sharing_fast_prefill",
     "vllm.config.vllm:VllmConfig": (
         "speculative_config kv_transfer_config cache_config parallel_config compilation_config scheduler_config "
-        "uniform_decode_query_len"
+        "uniform_decode_query_len lora_config aux_output_config"
     ),
     "vllm.distributed.parallel_state:GroupCoordinator": "rank_in_group",
-    "vllm.config.compilation:CompilationConfig": "mode cudagraph_capture_sizes max_cudagraph_capture_size",
+    "vllm.config.compilation:CompilationConfig": (
+        "mode cudagraph_mode cudagraph_capture_sizes max_cudagraph_capture_size"
+    ),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc query_start_loc_cpu seq_lens num_reqs num_actual_tokens max_query_len block_table_tensor "
         "slot_mapping positions is_prefilling seq_lens_cpu_upper_bound rswa_prefix_lens req_idx mm_req_doc_ranges "
@@ -229,7 +248,7 @@ FIELDS: Final = {
     ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
         "req_states sampler rejection_sampler speculator attn_groups kv_cache_config compilation_config max_num_reqs "
-        "model"
+        "model vocab_size adaptive_verification"
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "num_reqs num_draft_tokens_per_req idx_mapping idx_mapping_np logits_indices input_ids positions seq_lens "
@@ -242,6 +261,10 @@ FIELDS: Final = {
         "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode "
         "logprob_token_ids_state return_sampling_mask"
     ),
+    f"{BUDGET}:AdaptiveVerificationManager": (
+        "req_states num_speculative_steps cost_tables _batch_budget _stale_confidences _stale_idx _pending_resets"
+    ),
+    "vllm.v1.worker.gpu.states:RequestState": "max_num_reqs max_num_batched_tokens req_id_to_index prefill_len",
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_reqs",
     "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",
 }
@@ -251,7 +274,8 @@ NAMES: Final = {
     "vllm.config.vllm": "NgramGPUTypes",
     "vllm.transformers_utils.config": "_CONFIG_REGISTRY _SPECULATIVE_DECODING_CONFIGS",
     "vllm.v1.worker.gpu_model_runner": "build_logitsprocs",
-    "vllm.v1.worker.gpu.model_runner": "init_speculator",
+    "vllm.v1.worker.gpu.model_runner": "init_speculator maybe_create_adaptive_verification_manager",
+    BUDGET: "AdaptiveVerificationManager",
     "vllm.v1.attention.selector": "_cached_get_attn_backend",
     "vllm.v1.sample.logits_processor": "LogitBiasLogitsProcessor MinTokensLogitsProcessor LogitsProcessor",
     "vllm.vllm_flash_attn.flash_attn_interface": "flash_attn_varlen_func",
@@ -271,8 +295,11 @@ PATCHED: Final = {
     "vllm.model_executor.models.registry:ModelRegistry.models": "process",
     "vllm.v1.worker.gpu_model_runner:build_logitsprocs": "runner",
     "vllm.v1.worker.gpu.model_runner:init_speculator": "runner",
+    "vllm.v1.worker.gpu.model_runner:maybe_create_adaptive_verification_manager": "runner",
+    f"{BUDGET}:AdaptiveVerificationManager": "runner",
     "vllm.v1.worker.cpu_worker:CPUModelRunner": "runner",
     "vllm.v1.worker.cpu.model_runner:CPUModelRunner": "runner",
     "vllm.v1.attention.backends.registry:_ATTN_OVERRIDES": "layers",
 }
-"""What patches change, and for how long: for the process, or while a runner or the target's layers are constructed."""
+"""What patches change, and for how long: for the process, while a runner is constructed or makes its KV cache, or while
+the target's layers are constructed."""

@@ -41,7 +41,7 @@ class TreeAttentionMetadata:
 class TreeBuilderMixin(TreeMetadataBuilder):
     """Splits a step between our kernel and the native backend.
 
-    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host, also where
+    vLLM's V2 runner sorts requests with drafts to the front, so the split is at one place, known on the host even where
     only the device knows how many rows each of them has. The trees lie in buffers that stay where they are: a CUDA
     graph of decodes, which is all ours, reads them in replay.
     """
@@ -78,10 +78,11 @@ class TreeBuilderMixin(TreeMetadataBuilder):
     ) -> Any:
         """Build vLLM's own metadata, or in a step that verifies drafts ours, around it where both have a part."""
         trees, common = self.trees, common_attn_metadata
-        start = common.query_start_loc_cpu.numpy()
-        requests = trees.num_drafting_reqs if trees is not None else 0
-        if trees is not None and (requests or self.lengths_vary) and start[common.num_reqs] == len(trees.logits_indices):
-            # With the padding, for which a captured graph has been given its sizes.
+        if trees is None or not (trees.num_drafting_reqs or self.lengths_vary):
+            return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
+        start, requests = common.query_start_loc_cpu.numpy(), trees.num_drafting_reqs
+        if start[common.num_reqs] == len(trees.logits_indices):
+            # All tokens are rows; with the padding, for which a captured graph has been given its sizes.
             return self._ours(common, common.num_reqs, common.num_actual_tokens, native=None)
         if not requests:
             return super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The budget on V2: vLLM's adaptive verification, with trees in the place of chains.
 
-vLLM's manager decides on the host how many of a step's drafted nodes are verified, from probabilities that are two steps
-old and from step times that it measures as graphs are captured. Which of them is decided on the device, by the newest
-probabilities, so only the device knows each request's number of rows.
+vLLM's manager decides on the host how many of a step's drafted nodes are verified, from probabilities that are two
+steps old and from step times that it measures as graphs are captured. Which of them is decided on the device, by the
+newest probabilities, so only the device knows each request's number of rows.
 """
 
 from __future__ import annotations
@@ -49,11 +49,17 @@ class BudgetManager(AdaptiveVerificationManager):
         states = self.req_states
         self.cost_tables = np.zeros(states.max_num_reqs + 1), np.ones(states.max_num_batched_tokens + 1)
 
+    def set_cost_curves(self, draft_curve: list[tuple[int, float]], verify_curve: list[tuple[int, float]]) -> None:
+        """Take costs; there are none where no decode step fits a graph of those that are captured."""
+        if draft_curve and verify_curve:
+            super().set_cost_curves(draft_curve, verify_curve)
+
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Choose the step's number of nodes, and return the step's tokens."""
         total = super().get_num_tokens(num_tokens_per_req, draft_tokens)
-        assert self._batch_budget is not None
-        drafts, others, chosen = self._batch_budget
+        chosen_budget: tuple[dict[str, int], dict[str, int], int] | None = self._batch_budget
+        assert chosen_budget is not None
+        drafts, others, chosen = chosen_budget
         num_drafts = np.fromiter(drafts.values(), dtype=np.int64)
         slots = np.fromiter(map(self.req_states.req_id_to_index.__getitem__, drafts), dtype=np.int64)
         base = total - chosen

@@ -311,7 +311,7 @@ def _without_budget(options: MedusaSpeculativeConfig, reason: str) -> None:
     """
     if isinstance(options.medusa_budget, int):
         raise ValueError(
-            f"medusa_budget: {options.medusa_budget} cannot be heeded by vLLM's model runner V2 in this engine: {reason}; "
-            'give "off", or fewer num_speculative_tokens'
+            f"medusa_budget: {options.medusa_budget} cannot be heeded by vLLM's model runner V2 in this engine: "
+            f'{reason}; give "off", or fewer num_speculative_tokens'
         )
     logger.info_once("Medusa: no budget, every draft is verified whole: %s", reason)

@@ -12,9 +12,10 @@ from vllm.v1.sample import logits_processor
 from vllm.v1.worker import cpu_worker, gpu_model_runner
 from vllm.v1.worker.cpu import model_runner as v2_cpu_model_runner
 from vllm.v1.worker.gpu import model_runner as v2_model_runner
+from vllm.v1.worker.gpu.spec_decode import adaptive_verification as owner
 
 from tests.patched import changes, standing
-from vllm_medusa.compat.runners import all_logits_processors, cpu_runner, speculator
+from vllm_medusa.compat.runners import adaptive_verification, all_logits_processors, cpu_runner, speculator
 
 CPU = torch.device("cpu")
 
@@ -26,6 +27,11 @@ class Runner:
 PATCHES: dict[str, tuple[Callable[[], AbstractContextManager[None]], ModuleType, str]] = {
     "all_logits_processors": (all_logits_processors, gpu_model_runner, "build_logitsprocs"),
     "speculator": (lambda: speculator(lambda config, device: None), v2_model_runner, "init_speculator"),
+    "adaptive_verification": (
+        lambda: adaptive_verification(Runner, lambda error: None),
+        v2_model_runner,
+        "maybe_create_adaptive_verification_manager",
+    ),
     "cpu_runner of V1": (lambda: cpu_runner(Runner, v2=False), cpu_worker, "CPUModelRunner"),
     "cpu_runner of V2": (lambda: cpu_runner(Runner, v2=True), v2_cpu_model_runner, "CPUModelRunner"),
 }
@@ -77,6 +83,23 @@ def test_logits_processors_are_built_as_without_speculation(monkeypatch: pytest.
 def test_the_speculator_is_made_from_the_config_and_the_device() -> None:
     with speculator(lambda *args: ("made of", *args)):
         assert v2_model_runner.init_speculator("config", CPU, "states") == ("made of", "config", CPU)
+
+
+def test_the_manager_is_made_by_ours_and_one_that_cannot_be_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(*, asked: str) -> Any:
+        if asked == "unsupported":
+            raise ValueError("FLEX_ATTENTION allows none")
+        return owner.AdaptiveVerificationManager(asked)
+
+    monkeypatch.setattr(v2_model_runner, "maybe_create_adaptive_verification_manager", create)
+    refused: list[str] = []
+    stock = owner.AdaptiveVerificationManager
+    with adaptive_verification(lambda asked: f"ours: {asked}", lambda error: refused.append(str(error))):
+        make = v2_model_runner.maybe_create_adaptive_verification_manager
+        assert make(asked="all") == "ours: all"
+        assert make(asked="unsupported") is None
+        assert owner.AdaptiveVerificationManager is stock
+    assert refused == ["FLEX_ATTENTION allows none"]
 
 
 def test_what_stands_without_an_engine_is_of_vllm() -> None:

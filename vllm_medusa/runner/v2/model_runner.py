@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, prepare_backends, tree_builders
-from vllm_medusa.attention.triton.selection import tree_attention_selected
+from vllm_medusa.attention.triton.selection import check_lengths, tree_attention_selected
 from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.compat.runners import adaptive_verification, speculator
 from vllm_medusa.config import MedusaSpeculativeConfig, check_engine, medusa_config
@@ -191,8 +190,7 @@ class MedusaModelRunner(GPUModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and note which layers own a part of it."""
-        manager = partial(BudgetManager, budget=self._options.medusa_budget, room=self._room)
-        with adaptive_verification(manager, self._refuse_budget):
+        with adaptive_verification(self._make_budget, self._refuse_budget):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         tree = self.speculator.proposer.tree
         if tree.branches:
@@ -278,6 +276,11 @@ class MedusaModelRunner(GPUModelRunner):
         budget = self.adaptive_verification
         self.speculator.asked = budget is None or budget.asks_heads(input_batch.num_reqs)
         return sampled
+
+    def _make_budget(self, *args: Any, **kwargs: Any) -> BudgetManager:
+        """Make the budget from what vLLM's manager is made from."""
+        check_lengths(self._groups())
+        return BudgetManager(*args, budget=self._options.medusa_budget, room=self._room, **kwargs)
 
     def _refuse_budget(self, error: ValueError) -> None:
         """Do without a budget, because of what vLLM says."""

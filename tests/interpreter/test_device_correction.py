@@ -17,6 +17,7 @@ from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees
 from vllm_medusa.tree.drafts import Drafts
+from vllm_medusa.tree.static import cartesian
 
 NUM_SLOTS = 9
 
@@ -43,7 +44,7 @@ def rate(correction: DeviceCorrection, drafts: Drafts, slots: torch.Tensor) -> t
     return confidences
 
 
-@settings(deterministic, max_examples=60)
+@settings(deterministic, max_examples=30)
 @given(steps(), st.data(), st.integers(0, 99))
 def test_the_running_product_is_each_nodes_corrected_probability(step: Step, data: st.DataObject, seed: int) -> None:
     drafts = drafts_of(step, seed)
@@ -63,7 +64,17 @@ def test_the_running_product_is_each_nodes_corrected_probability(step: Step, dat
     torch.testing.assert_close(correction.said[slots], said)
 
 
-@settings(deterministic, max_examples=60)
+def test_drafts_of_a_static_tree_share_their_memory() -> None:
+    tree = replace(cartesian([2, 1]), log_probs=torch.tensor([0.5, 0.25, 0.75, 0.5]).log())
+    confidences = rate(
+        DeviceCorrection(2, 4, NUM_SLOTS, torch.device("cpu")),
+        tree.draft(torch.zeros(3, 2, 2, dtype=torch.int64)),
+        torch.tensor([5, 0, 2]),
+    )
+    assert confidences.tolist() == [[0.5, 0.5, 1, 1]] * 3
+
+
+@settings(deterministic, max_examples=30)
 @given(steps(), st.integers(0, 99), st.integers(0, 80))
 def test_the_most_probable_nodes_of_all_drafts_are_a_tree_of_each(step: Step, seed: int, budget: int) -> None:
     drafts = drafts_of(step, seed)
@@ -77,7 +88,7 @@ def test_the_most_probable_nodes_of_all_drafts_are_a_tree_of_each(step: Step, se
         assert all(parent <= node for node, parent in enumerate(parents[:length]))
 
 
-@settings(deterministic, max_examples=40)
+@settings(deterministic, max_examples=30)
 @given(steps(), st.integers(0, 99))
 def test_a_step_teaches_what_it_teaches_on_the_host(step: Step, seed: int) -> None:
     generator, num_reqs = torch.Generator().manual_seed(seed), len(step.requests)

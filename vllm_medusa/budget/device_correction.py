@@ -73,6 +73,7 @@ class DeviceCorrection:
             PRIOR,
             drafts.log_probs.stride(0),
             drafts.parents.stride(0),
+            drafts.lengths.stride(0),
             padded_nodes=triton.next_power_of_2(num_nodes),
             num_warps=1,
         )
@@ -157,7 +158,7 @@ def _corrected(
     return tl.minimum(said * ratio, 1.0)
 
 
-@triton.jit(do_not_specialize=["num_nodes", "max_depth", "log_probs_stride", "parents_stride"])
+@triton.jit(do_not_specialize=["num_nodes", "max_depth", "log_probs_stride", "parents_stride", "lengths_stride"])
 def _rate_kernel(
     log_probs_ptr: tl.tensor,  # [num_reqs, num_nodes]
     parents_ptr: tl.tensor,  # [num_reqs, num_nodes]
@@ -172,12 +173,13 @@ def _rate_kernel(
     prior: tl.tensor,
     log_probs_stride: tl.tensor,
     parents_stride: tl.tensor,
+    lengths_stride: tl.tensor,
     padded_nodes: tl.constexpr,
 ) -> None:
     """Rate one request's draft."""
     request = tl.program_id(0).to(tl.int64)
     node = tl.arange(0, padded_nodes)
-    length = tl.load(lengths_ptr + request).to(tl.int32)
+    length = tl.load(lengths_ptr + request * lengths_stride).to(tl.int32)
     log_probs, parents = log_probs_ptr + request * log_probs_stride, parents_ptr + request * parents_stride
     # Each node's own probability, and the least of those before it, which none is to exceed.
     own = _corrected(node + 1, length, log_probs, parents, expected_ptr, accepted_ptr, max_depth, prior)

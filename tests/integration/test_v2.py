@@ -23,8 +23,12 @@ RUNS = {
         "../unit/refusals/test_refusals.py",
     ],
     "v2 async": ["test_scheduler_life.py"],
-    "v2 cuda triton": ["../rehearsal/test_cuda_worker.py"],
-    "v2 cuda flash async": ["../rehearsal/test_graphs.py", "../rehearsal/test_cuda_worker.py"],
+    "v2 cuda triton": ["../rehearsal/test_cuda_worker.py", "../rehearsal/test_budget.py"],
+    "v2 cuda flash async": [
+        "../rehearsal/test_graphs.py",
+        "../rehearsal/test_cuda_worker.py",
+        "../rehearsal/test_budget.py",
+    ],
     "v2 triton async": [
         "test_launches.py",
         "test_proposal_graphs.py",

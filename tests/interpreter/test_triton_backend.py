@@ -191,9 +191,35 @@ def test_what_was_captured_attends_to_the_trees_and_contexts_of_the_step_that_re
         assert output[len(expected) :].isnan().all()
 
 
+def test_what_was_captured_takes_any_lengths_up_to_the_trees_where_the_device_alone_knows_them() -> None:
+    engine = Engine()
+    engine.builder.lengths_vary = True
+    contexts = [5, 9, 20, 31]
+    captured = engine.builder.build_for_cudagraph_capture(engine.step([ROWS] * MAX_REQUESTS, contexts))
+    assert engine.buffers.root_positions.tolist() == contexts
+    for lengths, contexts in (([ROWS, 1, 3], [7, 30, 11]), ([2, ROWS, 4, 1], [1, 2, 3, 4]), ([1, 1], [20, 3])):
+        common = engine.step(lengths, contexts, padded=MAX_REQUESTS)
+        # The host has spread the rows evenly.
+        common.query_start_loc_cpu[1 : len(lengths)] = 0
+        engine.announce([length - 1 for length in lengths], lengths)
+        assert isinstance(engine.builder.build(0, common), TreeAttentionMetadata)
+        output = engine.attend(captured, MAX_REQUESTS * ROWS)
+        expected = engine.expected(lengths, contexts, [TREE.prefix(length) for length in lengths])
+        torch.testing.assert_close(output[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_of_prompts_is_vllms_own_also_where_lengths_vary() -> None:
+    engine = Engine()
+    engine.builder.lengths_vary = True
+    common = engine.step([1, 9], [20, 0])
+    engine.announce([0, 0], [1, 9])
+    assert not isinstance(engine.builder.build(0, common), TreeAttentionMetadata)
+
+
 @pytest.mark.parametrize("kind", [TreeFlashAttentionMetadataBuilder, TreeTritonAttentionMetadataBuilder])
-def test_whole_graphs_are_declared_for_uniform_decodes_alone(kind: type) -> None:
+def test_whole_graphs_are_declared_for_decodes_of_any_lengths_up_to_the_trees(kind: type) -> None:
     assert kind.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
+    assert kind.get_varlen_cudagraph_max_query_len(SimpleNamespace(num_speculative_tokens=5), None) == 6
 
 
 @pytest.mark.parametrize(

@@ -65,14 +65,13 @@ class BudgetManager(AdaptiveVerificationManager):
         base = total - chosen
         budget = chosen if self.most is None else min(self.most, int(num_drafts.sum()))
         budget = min(budget, max(self._room(slots), 0))
-        if self.most is None:
+        if self.most is None and len(self._asked) == LAG and self._asked[0]:
             confidences = self._stale_confidences[self._stale_idx].np[slots]
             self._typical += TYPICAL_RATE * (confidences.mean(axis=0) - self._typical)
             # A step that computes prompts says little of what verification gives.
-            if budget and base == len(slots) and not self._pays(confidences, num_drafts, budget):
+            if base == len(slots) and not self._pays(confidences, num_drafts, budget):
                 budget = 0
-            if len(self._asked) == LAG and self._asked[0]:
-                self._pauses.saw(len(slots), verified=budget > 0)
+            self._pauses.saw(len(slots), verified=budget > 0)
         self._batch_budget = drafts, others, budget
         return base + budget
 

@@ -42,7 +42,7 @@ SEVERAL: Curve = [(rows, 1 + 0.25 * rows) for rows in range(1, 65)]
 """With these a node pays that is more probable than not, roughly; how many there are differs from step to step."""
 NOTHING_PAYS: Curve = [(rows, float(rows)) for rows in range(1, 65)]
 
-TREES: dict[str, Tree] = {"dynamic": "dynamic", "static": [3, 1]}
+TREES: dict[str, Tree] = {"dynamic": "dynamic"}
 if "triton" in UNDER_TEST.words:
     TREES = {"chain": "chain", "static": [3, 1]}
 

@@ -66,14 +66,7 @@ SIGNATURES: Final = {
         "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dp_sync_state, dummy_run, "
         "skip_attn_for_dummy_run, mm_inputs, is_profile, num_speculative_tokens"
     ),
-    # Wrapped and overridden: V2's adaptive verification.
-    f"{BUDGET}:maybe_create_adaptive_verification_manager": (
-        "enable_adaptive_verification, attn_groups, req_states, query_start_loc, num_bonus_tokens, max_total_logits, "
-        "vllm_config, target_layer_names, additional_attn_cg_support"
-    ),
-    f"{BUDGET}:AdaptiveVerificationManager.__init__": (
-        "self, req_states, query_start_loc, num_bonus_tokens, max_total_logits"
-    ),
+    # Overridden: V2's adaptive verification, whose constructor gets what vLLM gives it.
     f"{BUDGET}:AdaptiveVerificationManager.get_num_tokens": "self, num_tokens_per_req, draft_tokens",
     f"{BUDGET}:AdaptiveVerificationManager.add_request": "self, req_idx",
     f"{BUDGET}:AdaptiveVerificationManager.record_confidences": "self, confidence_probs, input_batch",

@@ -37,6 +37,8 @@ class BudgetManager(AdaptiveVerificationManager):
 
     """
 
+    _batch_budget: tuple[dict[str, int], dict[str, int], int] | None
+
     def __init__(self, *args: Any, budget: MedusaBudget, room: Callable[[np.ndarray], int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.most = budget if isinstance(budget, int) else None
@@ -57,9 +59,8 @@ class BudgetManager(AdaptiveVerificationManager):
     def get_num_tokens(self, num_tokens_per_req: dict[str, int], draft_tokens: dict[str, list[int]]) -> int:
         """Choose the step's number of nodes, and return the step's tokens."""
         total = super().get_num_tokens(num_tokens_per_req, draft_tokens)
-        chosen_budget: tuple[dict[str, int], dict[str, int], int] | None = self._batch_budget
-        assert chosen_budget is not None
-        drafts, others, chosen = chosen_budget
+        assert self._batch_budget is not None
+        drafts, others, chosen = self._batch_budget
         num_drafts = np.fromiter(drafts.values(), dtype=np.int64)
         slots = np.fromiter(map(self.req_states.req_id_to_index.__getitem__, drafts), dtype=np.int64)
         base = total - chosen

@@ -165,7 +165,7 @@ class MedusaModelRunner(GPUModelRunner):
         if options.medusa_min_probability:
             raise ValueError(
                 f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "
-                "which verifies as many rows for every request; leave it out"
+                "where every draft has as many nodes; leave it out, and let medusa_budget choose among them"
             )
         if options.medusa_budget != "off" and (reason := lacking(vllm_config)):
             _without_budget(options, reason)

@@ -127,6 +127,7 @@ class DeviceCorrection:
             1 - 1 / HORIZON,
             self.said.stride(0),
             block=BLOCK,
+            num_warps=4,
         )
 
 

@@ -177,7 +177,9 @@ FIELDS: Final = {
         "target_parallel_config draft_model_config draft_parallel_config"
     ),
     "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window",
-    "vllm.engine.arg_utils:EngineArgs": "speculative_config spec_method spec_model spec_tokens",
+    "vllm.engine.arg_utils:EngineArgs": (
+        "speculative_config spec_method spec_model spec_tokens load_format disable_log_stats"
+    ),
     "vllm.config.parallel:ParallelConfig": (
         "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size"
     ),

@@ -139,7 +139,7 @@ def load(
         asked = {most: tokens if most <= FEW else max(tokens // 2, MIN_TOKENS) for most in loads}
         rounds = {most: ceil(requests / most) for most in loads}
         about = {"dtype": dtype, "threads": threads, "tokens": asked, "servers": servers}
-        words = f"{dtype}, {threads} threads, {max(asked.values())} to {min(asked.values())} tokens"
+        words = f"{dtype}, {threads} threads, {tokens} tokens at most"
         if servers:
             traffic = [Traffic(target, questions, most, most * rounds[most], asked[most]) for most in loads]
             results = race_servers(engines, traffic, threads, output)

@@ -30,7 +30,7 @@ def tree(
     output: Annotated[Path | None, typer.Option(help="A JSON file of the first tree, for medusa_tree.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG file for the trees.")] = None,
 ) -> None:
-    """Show trees, the tokens per step that they promise, and what a step costs on this machine."""
+    """Show trees, their promised tokens per step, and their costs."""
     with one_line_errors():
         from rich.console import Console
 

@@ -7,6 +7,11 @@ as large as the largest of them.
 
     python benchmarks/load.py --output build/load
     python benchmarks/load.py --concurrency 1 --concurrency 16 --contender plain --contender auto --dtype float32
+
+``--servers`` asks the same of real servers instead, by vLLM's own ``vllm bench serve``: what counts then is the time of
+whole requests, as clients see it.
+
+    python benchmarks/load.py --servers --output build/load_servers
 """
 
 from __future__ import annotations
@@ -16,19 +21,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle, islice
+from math import ceil
 from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
+from signal import SIGTERM, signal
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 # vLLM's CPU worker replaces torch.set_num_threads by a warning.
 from torch import set_num_threads
 
+from load_report import Result, report
+from load_servers import Server, Traffic, result_of
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, fastest_dtype, plugins, speculative_configs
 from vllm_medusa.demo.engine import Engine, counters
@@ -37,26 +45,44 @@ from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.questions import read_questions
 from vllm_medusa.demo.report import machine
 from vllm_medusa.demo.run import encode_question
-from vllm_medusa.files import write_json
 from vllm_medusa.progress import track
-from vllm_medusa.versions import installed_versions
 
 AUTO = "auto"
-FIXED = {"tree of 4": 4, "tree of 6": 6, "tree of 16": 16, "tree of 63": 63}
+FIXED = {"tree_4": 4, "tree_6": 6, "tree_16": 16, "tree_63": 63}
 CONTENDERS = (PLAIN, NATIVE_CHAIN, *FIXED, AUTO)
-RACING = (PLAIN, NATIVE_CHAIN, "tree of 4", "tree of 16", "tree of 63", AUTO)
+RACING = (PLAIN, NATIVE_CHAIN, "tree_4", "tree_16", "tree_63", AUTO)
+LOADS, SERVERS_LOADS = (1, 2, 4, 8, 16, 32, 64), (1, 4, 16, 64)
 KV_CACHE_BYTES = 1 << 30
 FIRST_STEPS = 2
+MIN_TOKENS = 16
+LONGEST = 10
+
+FEW = 16
+"""With more requests at once a round takes long, so each has half the tokens."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests at once: their prompts, and how many tokens each emits."""
+    """Requests at once: their prompts, and how many tokens each emits on average in the steps that count."""
 
     prompts: list[list[int]]
     tokens: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is raced: prompts, and tokens and rounds by the number of requests at once."""
+
+    prompts: list[list[int]]
+    tokens: dict[int, int]
+    rounds: dict[int, int]
+
+    def load(self, requests: int, number: int) -> Load:
+        """Return a round's load: the next prompts, from the first one on again where they run out."""
+        start = number * requests
+        return Load(list(islice(cycle(self.prompts), start, start + requests)), self.tokens[requests])
 
 
 @dataclass(frozen=True)
@@ -79,26 +105,6 @@ class Round:
     times_per_token: list[float]
 
 
-@dataclass(frozen=True)
-class Result:
-    """A contender under a load, over all rounds; ratios are taken round by round, and of these the median.
-
-    Attributes:
-        tokens_per_second: of all requests together.
-        speedup: against plain decoding; None without it.
-        time_per_token_p50: milliseconds, over requests.
-        time_per_token_p95: the same.
-        rows_per_step: the target's rows.
-
-    """
-
-    tokens_per_second: float
-    speedup: float | None
-    time_per_token_p50: float
-    time_per_token_p95: float
-    rows_per_step: float
-
-
 @app.command()
 def load(
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once; may repeat.")] = None,
@@ -106,63 +112,100 @@ def load(
     target: Annotated[Path, typer.Option(help="The target's directory.")] = MODEL,
     heads: Annotated[Path, typer.Option(help="Its heads' directory.")] = HEADS,
     questions: Annotated[Path, typer.Option(help="Questions in Spec-Bench's format.")] = QUESTIONS,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each text.")] = 48,
+    requests: Annotated[int, typer.Option(min=1, help="Requests under each load, and at least one round.")] = 8,
+    tokens: Annotated[
+        int, typer.Option(min=MIN_TOKENS, help=f"Tokens of a request; half of it with more than {FEW} at once.")
+    ] = 32,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 if the CPU has it, else float32.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = machine()["cores"],
+    servers: Annotated[bool, typer.Option(help="Ask real servers, by vllm bench serve.")] = False,
     processor_time: Annotated[bool, typer.Option(help="For busy machines, with one thread.")] = False,
     output: Annotated[Path, typer.Option(help="A directory for load.json, load.png and logs.")] = Path("build/load"),
 ) -> None:
     """Race the contenders under each load."""
     with one_line_errors():
-        loads, names = concurrency or [1, 2, 4, 8, 16, 32, 64], contender or list(RACING)
+        loads, names = concurrency or list(SERVERS_LOADS if servers else LOADS), contender or list(RACING)
         for name in names:
             if name not in CONTENDERS:
                 raise ValueError(f"--contender: {name!r} is none of {list(CONTENDERS)}")
+        if servers and processor_time:
+            raise ValueError("--processor-time: clients of --servers have none of the servers; leave it out")
         dtype = dtype or fastest_dtype()
-        prompts = _prompts(target, questions)
         share_environment()
-        configs = _configs(names, target, heads, output)
-        ran: dict[int, dict[str, list[Round]]] = {most: {name: [] for name in names} for most in loads}
-        with ExitStack() as stack:
-            engines: dict[str, Contender] = {}
-            for name in track(names, "Starting"):
-                engine = Engine(str(target), dtype, configs[name], 1024, True, max(loads), KV_CACHE_BYTES)
-                arguments = (engine, threads, processor_time)
-                environment = plugins(name)
-                log = output / f"{name.replace(' ', '-')}.log"
-                engines[name] = stack.enter_context(Contender(name, serve, arguments, environment, log))
-                engines[name].answer()
-            for most in track(loads, "Loads"):
-                for number in range(-1, rounds):  # The first round warms the prefix cache up, and the budget.
-                    asked = Load(list(islice(cycle(prompts), max(number, 0), max(number, 0) + most)), tokens)
-                    for name in names:
-                        done: Round = engines[name].ask(asked)
-                        if number >= 0:
-                            ran[most][name].append(done)
-        results = {most: summarise(own) for most, own in ran.items()}
-        clock = "processor time" if processor_time else "wall time"
-        print_tables(results, f"{clock}, {dtype}, {threads} threads, {rounds} rounds of {tokens} tokens")
-        speed = {
-            str(most): {name: each.tokens_per_second for name, each in own.items()} for most, own in results.items()
+        engines = {
+            name: Engine(str(target), dtype, config, 1024, True, max(loads), KV_CACHE_BYTES)
+            for name, config in _configs(names, target, heads, output).items()
         }
-        details = {most: {name: asdict(each) for name, each in own.items()} for most, own in results.items()}
-        about = {
-            "machine": machine(),
-            "versions": installed_versions(),
-            "command": " ".join(sys.argv),
-            "dtype": dtype,
-            "threads": threads,
+        asked = {most: tokens if most <= FEW else max(tokens // 2, MIN_TOKENS) for most in loads}
+        rounds = {most: ceil(requests / most) for most in loads}
+        about = {"dtype": dtype, "threads": threads, "tokens": asked, "servers": servers}
+        words = f"{dtype}, {threads} threads, {tokens} tokens at most"
+        if servers:
+            traffic = [Traffic(target, questions, most, most * rounds[most], asked[most]) for most in loads]
+            results = race_servers(engines, traffic, threads, output)
+            report(results, f"vllm bench serve: {words}", output, about)
+        else:
+            work = Work(_prompts(target, questions), asked, rounds)
+            results = race(engines, work, threads, processor_time, output)
+            clock = "processor time" if processor_time else "wall time"
+            report(results, f"{clock}, {words}", output, about)
+
+
+def race(
+    engines: dict[str, Engine], work: Work, threads: int, processor_time: bool, logs: Path
+) -> dict[int, dict[str, Result]]:
+    """Race engines in processes of their own, round by round."""
+    results = {}
+    with ExitStack() as stack:
+        contenders: dict[str, Contender] = {}
+        for name, engine in track(list(engines.items()), "Starting"):
+            arguments = (engine, threads, processor_time)
+            contenders[name] = stack.enter_context(
+                Contender(name, serve, arguments, plugins(name), logs / f"{name}.log")
+            )
+            contenders[name].answer()
+        for most in track(list(work.tokens), "Loads"):
+            if AUTO in contenders:  # A round beforehand, in which the budget sees this load.
+                contenders[AUTO].ask(work.load(most, 0))
+            ran: dict[str, list[Round]] = {name: [] for name in contenders}
+            for number in range(work.rounds[most]):
+                for name, each in contenders.items():
+                    ran[name].append(each.ask(work.load(most, number)))
+            results[most] = summarise(ran)
+    return results
+
+
+def race_servers(
+    engines: dict[str, Engine], traffic: Sequence[Traffic], threads: int, logs: Path
+) -> dict[int, dict[str, Result]]:
+    """Ask servers, which all run, one after the other under each load."""
+    results: dict[int, dict[str, Result]] = {}
+    signal(SIGTERM, lambda *_: sys.exit("ended by a signal"))  # So that the servers are stopped then too.
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(Server(name, engine, threads, plugins(name), logs / f"{name}.log"))
+            for name, engine in engines.items()
         }
-        write_json(output / "load.json", {"concurrency": speed, "details": details, **about})
-        plot(results, output / "load.png")
+        for server in track(list(servers.values()), "Starting"):
+            server.wait_until_ready()
+        for each in track(traffic, "Loads"):
+            # Beforehand the budget sees this load.
+            found = {
+                name: server.measure(each, warm_ups=each.concurrency if name == AUTO else 1)
+                for name, server in servers.items()
+            }
+            plain = found.get(PLAIN)
+            results[each.concurrency] = {name: result_of(own, plain, each.concurrency) for name, own in found.items()}
+    return results
 
 
 def _prompts(target: Path, questions: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    return [encode_question(tokenizer, question) for question in read_questions(questions)]
+    prompts = [encode_question(tokenizer, question) for question in read_questions(questions)]
+    Random(0).shuffle(prompts)  # They are sorted by category.
+    return prompts
 
 
 def _configs(names: Sequence[str], target: Path, heads: Path, directory: Path) -> dict[str, dict[str, Any] | None]:
@@ -194,7 +237,7 @@ def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
 
     params = SamplingParams(
         temperature=0,
-        max_tokens=load.tokens,
+        max_tokens=LONGEST * load.tokens,  # None ends before all have as many on average.
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
@@ -205,14 +248,12 @@ def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
         llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
         emitted[name] = 0
     seconds, steps, before, drafted = 0.0, 0, counters(llm), 0
-    while llm.llm_engine.has_unfinished_requests():
+    while sum(emitted.values()) < load.tokens * len(emitted):
         start = clock()
         outputs = llm.llm_engine.step()
         taken = clock() - start
-        if len(outputs) < len(emitted) or any(output.finished for output in outputs):
-            if not steps:
-                continue  # Some are still at their prompts.
-            break
+        if len(outputs) < len(emitted):
+            continue  # Some are still at their prompts.
         steps += 1
         if steps == FIRST_STEPS:
             before = counters(llm)
@@ -221,8 +262,8 @@ def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
             for output in outputs:
                 emitted[output.request_id] += len(output.outputs[0].token_ids)
             drafted = counters(llm)["drafted"] - before["drafted"]
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
+    llm.llm_engine.abort_request(list(emitted))
+    llm.llm_engine.step()
     times = [seconds / count for count in emitted.values() if count]
     return Round(sum(emitted.values()), seconds, steps - FIRST_STEPS, drafted, times)
 
@@ -243,46 +284,6 @@ def summarise(rounds: dict[str, list[Round]]) -> dict[str, Result]:
             / sum(each.steps for each in own),
         )
     return found
-
-
-def print_tables(results: dict[int, dict[str, Result]], title: str) -> None:
-    """Print a line for each load and contender."""
-    table = Table(title=title)
-    for column in ("requests", "contender", "tokens/s", "/plain", "ms/token p50", "p95", "rows/step"):
-        table.add_column(column, justify="right")
-    for most, own in results.items():
-        for name, each in own.items():
-            table.add_row(
-                str(most),
-                name,
-                f"{each.tokens_per_second:.1f}",
-                "" if each.speedup is None else f"{each.speedup:.2f}",
-                f"{each.time_per_token_p50:.1f}",
-                f"{each.time_per_token_p95:.1f}",
-                f"{each.rows_per_step:.1f}",
-            )
-    Console().print(table)
-
-
-def plot(results: dict[int, dict[str, Result]], path: Path) -> None:
-    """Draw tokens per second over the number of requests, as a multiple of plain decoding's where that took part."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    loads = list(results)
-    for name in results[loads[0]]:
-        each = [results[most][name] for most in loads]
-        axes.plot(loads, [one.speedup or one.tokens_per_second for one in each], "o-", label=name)
-    has_plain = PLAIN in results[loads[0]]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(loads, [str(most) for most in loads])
-    axes.set_xlabel("requests at once")
-    axes.set_ylabel("tokens per second" + (", plain decoding = 1" if has_plain else ""))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

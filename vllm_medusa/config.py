@@ -95,6 +95,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     medusa_posterior_alpha: float = Field(default=0.3, ge=0, le=1)
     """Delta of typical acceptance: a token more probable than delta times exp(-entropy) is kept too."""
 
+    log_stats: bool = False
+    """Whether the engine logs statistics; not an option, since ``--disable-log-stats`` says so."""
     draft_model_config: SkipValidation[ModelConfig] = None
     """The heads' checkpoint as vLLM sees it; resolved from ``model``."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
 
 
@@ -36,13 +37,14 @@ def _make_config(
     options: dict[str, Any],
     target_model_config: ModelConfig,
     target_parallel_config: ParallelConfig,
-    load_format: str,
+    engine_args: EngineArgs,
 ) -> SpeculativeConfig:
     from vllm_medusa.checkpoint.served import require_weights
     from vllm_medusa.config import MedusaSpeculativeConfig
 
     config = MedusaSpeculativeConfig.from_options(options, target_model_config, target_parallel_config)
-    if load_format != "dummy":
+    config.log_stats = not engine_args.disable_log_stats
+    if str(engine_args.load_format) != "dummy":
         require_weights(config.draft_model_config.model)
     return config
 

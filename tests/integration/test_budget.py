@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 
 from tests.integration.engines import engine, generate, greedy, model_runner, recorded_steps, spec_counters, texts
@@ -61,6 +62,13 @@ def decode(plain: Plain, tiny_target: Path, tiny_heads: Path) -> Callable[..., R
         return Run(plain, tiny_target, tiny_heads, tree, medusa_budget=budget)
 
     return run
+
+
+def prediction_counters() -> list[float]:
+    """Verified nodes, how many were expected to be accepted, how many were."""
+    samples = [sample for family in REGISTRY.collect() for sample in family.samples]
+    names = [f"medusa:predicted_nodes{what}_total" for what in ("", "_expected", "_accepted")]
+    return [sum(sample.value for sample in samples if sample.name == name) for name in names]
 
 
 def assert_texts_are_plain(run: Run, plain: Plain) -> None:
@@ -157,7 +165,11 @@ def test_a_number_is_the_most_nodes_of_all_requests_in_a_step(plain: Plain, deco
 
 
 @on_v1
-def test_limits_of_requests_hold(plain: Plain, tiny_target: Path, tiny_heads: Path) -> None:
+def test_limits_of_requests_hold_and_prometheus_counts_what_was_expected_of_all_verified_nodes(
+    plain: Plain, tiny_target: Path, tiny_heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", "1e-9")
+    before = prediction_counters()
     limits = [0, 1, 3]
     params = [
         SamplingParams(
@@ -171,6 +183,10 @@ def test_limits_of_requests_hold(plain: Plain, tiny_target: Path, tiny_heads: Pa
         recorded_steps(llm) as steps,
     ):
         emitted = texts(generate(llm, plain.prompts[:3], params))
+        counted = spec_counters(llm)
+    nodes, expected, accepted = (now - old for now, old in zip(prediction_counters(), before, strict=True))
+    assert (nodes, accepted) == (counted.drafted, counted.accepted)
+    assert accepted / 2 < expected < accepted * 2
     assert emitted == [text[:24] for text in plain.greedy[:3]]
     longest: dict[str, int] = {}
     for step in steps:

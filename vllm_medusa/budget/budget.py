@@ -13,6 +13,7 @@ from vllm_medusa.budget.correction import Correction
 from vllm_medusa.budget.cost import CostTable
 from vllm_medusa.budget.pauses import Gains, Pauses
 from vllm_medusa.budget.store import Costs
+from vllm_medusa.budget.tally import Tally
 from vllm_medusa.tree.drafts import Drafts
 
 PROBE_AFTER = 32
@@ -32,6 +33,7 @@ class Budget:
     def __init__(self, max_depth: int, most: int | None = None) -> None:
         self.most = most
         self.correction = Correction(max_depth)
+        self.tally = Tally()
         self._max_depth = max_depth
         self._pauses = Pauses()
         self._gains = Gains()
@@ -40,7 +42,7 @@ class Budget:
         self._max_rows = 0
         self._unverified = 0
         self._place: dict[str, int] = {}
-        self._said = torch.zeros(0)
+        self._said = self._expected = torch.zeros(0)
 
     def know(self, costs: Costs, max_rows: int, max_num_reqs: int) -> None:
         """Take costs as they were measured.
@@ -60,6 +62,8 @@ class Budget:
     def asks_heads(self, num_reqs: int) -> bool:
         """Whether this step, in which so many requests can have a draft, is to ask the heads."""
         self._place = {}
+        if num_reqs:
+            self.tally.began(num_reqs)
         return num_reqs > 0 and self._pauses.asks_heads(num_reqs)
 
     def cut(
@@ -81,10 +85,13 @@ class Budget:
         self._place = {each: index for index, each in enumerate(req_ids) if emits[index]}
         self._said = drafts.log_probs.exp()
         lengths = drafts.lengths * emitting
-        probabilities = self.correction.apply(self._said, node_depths(drafts.parents, self._max_depth))
+        self._expected = self.correction.apply(self._said, node_depths(drafts.parents, self._max_depth))
         if self.most is not None:
-            return drafts.cut(most_probable(probabilities, lengths, self.most))
-        return drafts.cut(self._choose(probabilities, lengths, len(self._place)))
+            chosen = most_probable(self._expected, lengths, self.most)
+        else:
+            chosen = self._choose(self._expected, lengths, len(self._place))
+        self.tally.chose(int(lengths.sum()), int(chosen.sum()))
+        return drafts.cut(chosen)
 
     def _choose(
         self,
@@ -129,7 +136,9 @@ class Budget:
             return
         drafted = place[request]
         known = (node >= 0) & (drafted >= 0)
-        self.correction.observe(depths[known], self._said.numpy()[drafted[known], node[known]], accepted[known])
+        nodes = drafted[known], node[known]
+        self.correction.observe(depths[known], self._said.numpy()[nodes], accepted[known])
+        self.tally.verified(self._expected.numpy()[nodes], accepted[known])
         if self.most is None:
             self._pauses.saw(len(req_ids), verified=bool(known.any()))
 

@@ -20,6 +20,7 @@ class Costs(BaseModel):
     Attributes:
         verification: a step of the target, by its rows.
         proposal: the heads and their tree, by requests.
+        engine: whose steps these are, by the parts that ``costs_file`` takes.
 
     """
 
@@ -27,6 +28,7 @@ class Costs(BaseModel):
 
     verification: Curve
     proposal: Curve
+    engine: dict[str, str] = {}
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -47,7 +49,26 @@ class Costs(BaseModel):
             stream.write(self.model_dump_json(indent=1))
 
 
+def costs_directory(cache_root: str) -> Path:
+    """Return where costs are kept under vLLM's cache root."""
+    return Path(cache_root) / "medusa" / "costs"
+
+
 def costs_file(directory: Path, parts: Mapping[str, str]) -> Path:
     """Return the file for an engine that these parts describe: all on which its steps' times depend."""
     description = repr(sorted(parts.items()))
     return directory / f"{hashlib.sha256(description.encode()).hexdigest()[:16]}.json"
+
+
+def find_costs(directory: Path, parts: Mapping[str, str]) -> Costs | None:
+    """Return the latest costs of an engine of which these parts are true; None if there are none."""
+    for path in sorted(directory.glob("*.json"), key=lambda each: each.stat().st_mtime, reverse=True):
+        costs = Costs.read(path)
+        if costs is not None and parts.items() <= costs.engine.items():
+            return costs
+    return None
+
+
+def name_of(model: str) -> str:
+    """Return what costs call a model: a directory by its full path, a repository as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model

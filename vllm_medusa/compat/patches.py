@@ -24,11 +24,11 @@ def engine_args_know_medusa() -> bool:
     return hasattr(EngineArgs.create_speculative_config, "knows_medusa")
 
 
-def add_method(make: Callable[[dict[str, Any], ModelConfig, ParallelConfig, str], SpeculativeConfig]) -> None:
+def add_method(make: Callable[[dict[str, Any], ModelConfig, ParallelConfig, EngineArgs], SpeculativeConfig]) -> None:
     """Make ``EngineArgs`` understand ``method: medusa``.
 
     Args:
-        make: makes the config from the options of ``--speculative-config``, the target's configs and ``load_format``.
+        make: makes the config from the options of ``--speculative-config``, the target's configs and all other options.
 
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -55,7 +55,7 @@ def add_method(make: Callable[[dict[str, Any], ModelConfig, ParallelConfig, str]
                 raise ValueError(
                     f"--speculative-config['{key}'] is {options[key]!r}, but the flag for it says {value!r}"
                 )
-        return make(options, target_model_config, target_parallel_config, str(self.load_format))
+        return make(options, target_model_config, target_parallel_config, self)
 
     create_speculative_config.knows_medusa = True  # type: ignore[attr-defined]
     EngineArgs.create_speculative_config = create_speculative_config

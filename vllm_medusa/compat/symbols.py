@@ -187,7 +187,9 @@ FIELDS: Final = {
     ),
     "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window return_sampling_mask",
     "vllm.config.aux_output:AuxOutputConfig": "enabled",
-    "vllm.engine.arg_utils:EngineArgs": "speculative_config spec_method spec_model spec_tokens",
+    "vllm.engine.arg_utils:EngineArgs": (
+        "speculative_config spec_method spec_model spec_tokens load_format disable_log_stats"
+    ),
     "vllm.config.parallel:ParallelConfig": (
         "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size use_ubatching"
     ),

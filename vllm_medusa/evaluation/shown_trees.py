@@ -44,6 +44,20 @@ class JudgedTree:
         return 1 + sum(self.probabilities)
 
 
+@dataclass(frozen=True)
+class TreeCost:
+    """What a step takes.
+
+    Attributes:
+        seconds: that verifies a tree for each request, and drafts the next ones.
+        plain_seconds: without speculation.
+
+    """
+
+    seconds: float
+    plain_seconds: float
+
+
 def judge(heads: Path, wanted: Sequence[str], nodes: int | None, default_nodes: int) -> list[JudgedTree]:
     """Build trees as an engine does, and judge them.
 
@@ -88,16 +102,20 @@ def parsed(name: str) -> Any:
         raise ValueError(f"{name} is no list: {error}; give one such as [4, 2, 2]") from error
 
 
-def print_trees(judged: Sequence[JudgedTree], console: Console) -> None:
-    """Print each tree, then a table of all."""
+def print_trees(judged: Sequence[JudgedTree], costs: Sequence[TreeCost] | None, console: Console) -> None:
+    """Print each tree, then a table of all, with each tree's costs where they are known."""
     for each in judged:
         if each.tree.num_nodes <= MOST_SHOWN:
             console.print(branches(each), highlight=False)
     table = Table()
-    for column in ("tree", "nodes", "depth", "tokens/step"):
+    for column in ("tree", "nodes", "depth", "tokens/step", *(("ms/step", "tokens/s") if costs else ())):
         table.add_column(column, justify="left" if column == "tree" else "right")
-    for each in judged:
-        table.add_row(each.name, str(each.tree.num_nodes), str(each.tree.depth), f"{each.tokens_per_step:.2f}")
+    for index, each in enumerate(judged):
+        cells = [each.name, str(each.tree.num_nodes), str(each.tree.depth), f"{each.tokens_per_step:.2f}"]
+        if costs is not None:
+            times_plain = each.tokens_per_step * costs[index].plain_seconds / costs[index].seconds
+            cells += [f"{1e3 * costs[index].seconds:.1f}", f"{times_plain:.2f}x"]
+        table.add_row(*cells)
     console.print(table)
 
 

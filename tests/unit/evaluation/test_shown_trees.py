@@ -10,6 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.unit.evaluated import write_random_heads
+from vllm_medusa.attention.cpu.build import cpu_description
+from vllm_medusa.budget.cost import Curve
+from vllm_medusa.budget.store import Costs, costs_directory, costs_file
 from vllm_medusa.cli import app
 from vllm_medusa.evaluation.shown_trees import judge, places
 
@@ -53,6 +56,30 @@ def test_the_command_shows_compares_and_writes_trees(heads: Path, tmp_path: Path
     assert json.loads(written.read_text()) == {"medusa_tree": [[0], [1], [0, 0]]}
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "1.95" in run(str(written), "--heads", str(heads))
+
+
+def test_costs_that_an_engine_has_measured_on_this_machine_say_what_a_tree_gains(
+    heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    asked = ("[2, 1]", "--heads", str(heads))
+    assert "No costs: no engine with these heads" in run(*asked)
+    engine = {"heads": str(heads.resolve()), "cpu": cpu_description(), "target": "t", "dtype": "d", "threads": "2"}
+    for number, seconds in enumerate((9.0, 0.016)):
+        costs = Costs(
+            verification=Curve(sizes=(1, 5, 10), seconds=(0.01, seconds, 2 * seconds)),
+            proposal=Curve(sizes=(1, 2), seconds=(0.001, 0.004)),
+            engine={**engine, "tree": "chain of 2"} if number else {**engine, "cpu": "another"},
+        )
+        path = costs_file(costs_directory(str(tmp_path)), costs.engine)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        costs.write(path)
+    alone, two = run(*asked), run(*asked, "--requests", "2")
+    assert "17.0" in alone
+    assert f"{2.05 * 10 / 17:.2f}x" in alone
+    assert "Steps of 1 request, by the costs of t (d, 2 threads), measured for a chain of 2" in alone
+    assert "36.0" in two
+    assert "Steps of 2 requests" in two
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.budget.budget import Budget
-from vllm_medusa.config import MedusaSpeculativeConfig
+from vllm_medusa.config import medusa_config
+from vllm_medusa.runner.budget_report import BudgetReport
 from vllm_medusa.step.trees import StepTrees
 
 
@@ -22,19 +25,25 @@ class StepBudget:
 
     Args:
         budget: what decides.
+        report: tells people of it; None where another rank does.
 
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, report: BudgetReport | None) -> None:
         self.budget = budget
+        self._report = report
         self._began = 0.0
 
     @classmethod
-    def of(cls, options: MedusaSpeculativeConfig, max_depth: int) -> StepBudget | None:
-        """Return the budget that the options ask for; None without one."""
-        if options.medusa_budget == "off":
+    def of(cls, vllm_config: VllmConfig, max_depth: int) -> StepBudget | None:
+        """Return the budget that the engine's options ask for; None without one."""
+        options = medusa_config(vllm_config)
+        if options is None or options.medusa_budget == "off":
             return None
-        return cls(Budget(max_depth, options.medusa_budget if isinstance(options.medusa_budget, int) else None))
+        most = options.medusa_budget if isinstance(options.medusa_budget, int) else None
+        # Rank 0 decides how many nodes are verified.
+        report = BudgetReport(vllm_config, log=options.log_stats) if get_tp_group().is_first_rank else None
+        return cls(Budget(max_depth, most), report)
 
     def begin(self) -> None:
         """Start the clock."""
@@ -53,6 +62,8 @@ class StepBudget:
         node = np.arange(num_rows) - first[request] - 1
         depths = trees.depths.numpy()[trees.logits_indices.numpy()]
         self.budget.verified(req_ids, request, node, depths, accepted)
+        if self._report is not None:
+            self._report.report(self.budget.tally)
 
     def asks_heads(
         self,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_medusa.attention.cpu.build import cpu_description
 from vllm_medusa.budget.cost import Curve
-from vllm_medusa.budget.store import Costs, costs_file
+from vllm_medusa.budget.store import Costs, costs_directory, costs_file, name_of
 from vllm_medusa.files import WriteError
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import describe
@@ -55,12 +54,14 @@ def known_costs(runner: CPUModelRunner, proposer: MedusaProposer, max_rows: int,
 
     """
     group, config = get_tp_group(), runner.vllm_config
-    path = costs_file(Path(envs.VLLM_CACHE_ROOT) / "medusa" / "costs", _parts(config, proposer, max_rows, max_num_reqs))
+    parts = _parts(config, proposer, max_rows, max_num_reqs)
+    path = costs_file(costs_directory(envs.VLLM_CACHE_ROOT), parts)
     found = Costs.read(path) if group.rank_in_group == 0 else None
     if (known := group.broadcast_object(found)) is not None:
         return known
     start = time.perf_counter()
-    costs = group.broadcast_object(_measure(runner, proposer, max_rows, max_num_reqs))
+    measured = _measure(runner, proposer, max_rows, max_num_reqs)
+    costs = group.broadcast_object(measured.model_copy(update={"engine": parts}))
     if group.rank_in_group == 0:
         logger.info(
             "Medusa: measured in %.1f s, ms of a step by rows: %s; of a proposal by requests: %s; kept in %s",
@@ -126,6 +127,7 @@ def _timed(run: Callable[[int], None], size: int) -> float:
 
 def _parts(config: VllmConfig, proposer: MedusaProposer, max_rows: int, max_num_reqs: int) -> dict[str, str]:
     """Return all on which the times depend, and up to which sizes they were measured."""
+    target, heads = config.model_config, proposer.options.draft_model_config
     return {
         "sizes": f"{max_rows} rows, {max_num_reqs} requests",
         "cpu": cpu_description(),
@@ -133,8 +135,11 @@ def _parts(config: VllmConfig, proposer: MedusaProposer, max_rows: int, max_num_
         "ranks": str(config.parallel_config.tensor_parallel_size),
         "compilation": str(config.compilation_config.mode),
         "versions": str(installed_versions()),
-        "target": config.model_config.compute_hash(),
-        "heads": f"{proposer.options.draft_model_config.model} {proposer.options.draft_model_config.compute_hash()}",
+        "target": name_of(target.model),
+        "target's options": target.compute_hash(),
+        "dtype": str(target.dtype),
+        "heads": name_of(heads.model),
+        "heads' options": heads.compute_hash(),
         "tree": describe(proposer.tree),
     }
 

@@ -48,7 +48,7 @@ class MedusaModelRunner(CPUModelRunner):
         self._rule = options.rule("typical")
         self._asking: set[str] = set()
         self._max_nodes: dict[str, int] = {}
-        self._budget = StepBudget.of(options, self._max_depth)
+        self._budget = StepBudget.of(vllm_config, self._max_depth)
         self._trees: StepTrees | None = None
         self._walk: Walk | None = None
 

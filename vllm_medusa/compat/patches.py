@@ -160,8 +160,8 @@ def manage_structured_output(manager: Callable[[VllmConfig], type[StructuredOutp
 
     # Reason: vLLM's engine core names this class and has no setting for another. Its module, where the name could be
     # replaced, takes most of a second to import in every worker, which has no use for it.
-    def __new__(cls: type[StructuredOutputManager], vllm_config: VllmConfig) -> StructuredOutputManager:
+    def new(cls: type[StructuredOutputManager], vllm_config: VllmConfig) -> StructuredOutputManager:
         of_engine = manager(vllm_config) if cls is StructuredOutputManager else None
         return object.__new__(of_engine or cls)
 
-    StructuredOutputManager.__new__ = __new__  # type: ignore[assignment, method-assign]
+    StructuredOutputManager.__new__ = new

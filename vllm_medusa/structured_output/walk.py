@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from vllm_medusa.structured_output.tokens import TreeTokens
-
-AT_ONCE = (0, 0)
-"""A grammar that reads, and constrains, from the root on."""
 
 
 def paths(draft: TreeTokens) -> Iterator[list[int]]:

@@ -48,13 +48,10 @@ def test_depths_follow_from_parents(tree: DraftTree) -> None:
 
 
 def test_behind_its_end_a_draft_has_depths_that_there_are() -> None:
-    """A request with a grammar has the parents of a chain, which goes on behind the end of its draft."""
-    tree = cartesian([3, 2])
-    chained = tree.draft(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([True]))
-    depths = node_depths(chained.parents, tree.depth)
-    assert chained.lengths.tolist() == [2]
+    """What a grammar has left of a draft goes on as a chain behind its end."""
+    depths = node_depths(torch.tensor([[0, 1, 2, 3, 4, 5]]), max_depth=2)
     assert depths[0, :2].tolist() == [1, 2]
-    assert int(depths.max()) == tree.depth
+    assert int(depths.max()) == 2
 
 
 def test_where_rows_cost_nothing_all_are_verified_and_none_where_they_cost_all() -> None:

@@ -16,7 +16,7 @@ class WaitingDrafts:
     """Keeps each request's tree from the step that drafts it to the one that verifies it.
 
     The tokens travel through vLLM's scheduler, which knows nothing of trees; this is what it does not carry. It may cut
-    a draft, and makes up drafts for some new requests, for which any tree will do. A grammar leaves out what it forbids.
+    a draft, and makes up drafts for some new requests, for which any tree will do. A grammar may leave out nodes.
     """
 
     def __init__(self, num_nodes: int) -> None:

@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -131,7 +132,7 @@ def structured(
     free: Annotated[int, typer.Option(min=0, help="Requests without.")] = 40,
     nodes: Annotated[int, typer.Option(min=1, help="num_speculative_tokens of the tree.")] = 15,
     batch: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 16,
-    threads: Annotated[int, typer.Option(min=1)] = machine()["cores"],
+    threads: Annotated[int, typer.Option(min=1, help="Of each engine.")] = 1,
     output: Annotated[Path, typer.Option(help="The file for the results.")] = Path("build/structured.json"),
 ) -> None:
     """Decode the requests on each engine, and compare."""
@@ -144,12 +145,17 @@ def structured(
             TREE: {**medusa, "medusa_tree": "dynamic", "num_speculative_tokens": nodes},
         }
         share_environment()
-        answers: dict[str, list[Answer]] = {}
-        for name in track(list(configs), "Engines"):
+
+        def ask(name: str) -> list[Answer]:
             engine = Engine(str(target), configs[name], batch, threads)
             with Contender(name, serve, (engine,), {}, output.parent / f"structured-{name}.log") as contender:
                 contender.answer()
-                answers[name] = contender.ask(asked)
+                answers: list[Answer] = contender.ask(asked)
+                return answers
+
+        with ThreadPoolExecutor() as pool:  # At the same time, for nothing is timed.
+            asking = {name: pool.submit(ask, name) for name in configs}
+            answers = {name: asking[name].result() for name in track(list(asking), "Engines")}
         results = {name: _summary(asked, own, answers[PLAIN]) for name, own in answers.items()}
         details = {"machine": machine(), "versions": installed_versions(), "command": " ".join(sys.argv)}
         write_json(

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
+from vllm_medusa.config import medusa_config
+from vllm_medusa.structured_output.pace import Pace
 from vllm_medusa.structured_output.tokens import TreeTokens
 from vllm_medusa.structured_output.walk import paths, reachable_rows
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
+    import torch
+    from vllm.config import VllmConfig
     from vllm.v1.request import Request
     from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
@@ -26,6 +31,12 @@ class TreeStructuredOutputManager(StructuredOutputManager):
     vLLM's own takes a draft for a chain: it cuts it at the first token that the grammar forbids, and masks row i by the
     i tokens before it. Here a forbidden token ends its branch alone.
     """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__(vllm_config)
+        options = medusa_config(vllm_config)
+        # Drafts that follow the clock are no drafts to repeat a text by.
+        self._pace = Pace() if options is not None and options.medusa_budget != "off" else None
 
     def validate_tokens(self, request: Request, spec_tokens: list[int]) -> list[int]:
         """Return what is left of a draft for the scheduler.
@@ -38,9 +49,10 @@ class TreeStructuredOutputManager(StructuredOutputManager):
         if not request.use_structured_output:
             return list(spec_tokens)
         draft = _draft(spec_tokens)
+        most = None if self._pace is None else self._pace.most_nodes(request)
         if self.vllm_config.use_v2_model_runner:
-            return draft
-        return draft.of_rows(sorted(row for row, _ in self._rows(request, draft)))
+            return draft[:most]
+        return draft.of_rows(sorted(row for row, _ in self._rows(request, draft))[:most])
 
     def grammar_bitmask(
         self,
@@ -68,12 +80,26 @@ class TreeStructuredOutputManager(StructuredOutputManager):
         first = 0
         for req_id, length in zip(structured_output_request_ids, lengths, strict=True):
             if length:
-                draft, grammar = _draft(scheduled_spec_decode_tokens[req_id]), _grammar(requests[req_id])
-                for row, constrained in self._rows(requests[req_id], draft):
-                    if constrained and not grammar.is_terminated():
-                        grammar.fill_bitmask(masks, first + row)
+                self._fill(requests[req_id], _draft(scheduled_spec_decode_tokens[req_id]), masks[first:])
             first += 1 + length
+        if self._pace is not None:
+            self._pace.shared_by(len(roots))
         return masks[:first].numpy()
+
+    def _fill(
+        self,
+        request: Request,
+        draft: TreeTokens,
+        masks: torch.Tensor,  # [at least 1 + num_nodes, vocab_size / 32], int32
+    ) -> None:
+        """Fill the masks of the rows that a draw can get to, the root left out."""
+        start, filled, grammar = time.perf_counter(), 0, _grammar(request)
+        for row, constrained in self._rows(request, draft):
+            if constrained and not grammar.is_terminated():
+                grammar.fill_bitmask(masks, row)
+                filled += 1
+        if self._pace is not None:
+            self._pace.took(request, filled, time.perf_counter() - start)
 
     def _rows(self, request: Request, draft: TreeTokens) -> Iterator[tuple[int, bool]]:
         """Yield what ``reachable_rows`` does, and whether the grammar constrains the token after each row."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from vllm.v1.structured_output import StructuredOutputManager
@@ -26,6 +26,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 from tests.toy.tokenizer import train_tokenizer
 from tests.unit.strategies import deterministic
 from vllm_medusa.structured_output.manager import TreeStructuredOutputManager
+from vllm_medusa.structured_output.pace import MASK_SECONDS, Pace
 from vllm_medusa.structured_output.tokens import TreeTokens
 
 BACKENDS = [XgrammarBackend, GuidanceBackend, OutlinesBackend]
@@ -33,6 +34,7 @@ REGEXES = [r"[a-f]{3,9}-[0-9]{2}", r"([^;]{2};){3}", "(red|green|blue|gre)", "a?
 VOCABULARY = 300
 NODES, REQUESTS = 9, 4
 NOTHING_FORBIDDEN = -1
+few = settings(deterministic, max_examples=30)
 
 
 @cache
@@ -71,9 +73,15 @@ def manager(kind: type[StructuredOutputBackend], *, v2: bool = False) -> TreeStr
     return made
 
 
+class Asking(SimpleNamespace):
+    """A request; each is itself, as vLLM's are."""
+
+    __hash__ = object.__hash__
+
+
 def request(name: str, own: StructuredOutputGrammar) -> Any:
     structured = SimpleNamespace(grammar=own, reasoning_ended=None, reasoner=None, reasoning_parser_kwargs=None)
-    return SimpleNamespace(
+    return Asking(
         request_id=name,
         structured_output_request=structured,
         use_structured_output=True,
@@ -118,7 +126,9 @@ def drafts(draw: st.DrawFn, kind: type[StructuredOutputBackend], regex: str) -> 
         parent = draw(st.integers(0, len(draft)))
         mask = mask_after(kind, regex, path_to(draft, parent))
         allowed = [] if mask is None else [token for token in range(len(tokenizer())) if allows(mask, token)]
-        token = draw(st.sampled_from(allowed) if allowed and draw(st.integers(0, 3)) else st.integers(1, len(tokenizer()) - 1))
+        token = draw(
+            st.sampled_from(allowed) if allowed and draw(st.integers(0, 3)) else st.integers(1, len(tokenizer()) - 1)
+        )
         if (parent, token) not in zip(parents, draft, strict=True):
             draft.append(token)
             parents.append(parent)
@@ -126,7 +136,7 @@ def drafts(draw: st.DrawFn, kind: type[StructuredOutputBackend], regex: str) -> 
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@deterministic
+@few
 @given(st.data())
 def test_each_row_has_the_mask_of_its_path(kind: type[StructuredOutputBackend], data: st.DataObject) -> None:
     regexes = data.draw(st.lists(st.sampled_from(REGEXES), min_size=1, max_size=REQUESTS))
@@ -147,7 +157,7 @@ def test_each_row_has_the_mask_of_its_path(kind: type[StructuredOutputBackend], 
     assert all((fill(own, kind) == mask).all() for own, mask in zip(grammars, before, strict=True))
 
 
-@deterministic
+@few
 @given(st.data())
 def test_v1_verifies_the_branches_that_the_grammar_allows_and_v2_all(data: st.DataObject) -> None:
     regex = data.draw(st.sampled_from(REGEXES))
@@ -164,6 +174,17 @@ def test_v1_verifies_the_branches_that_the_grammar_allows_and_v2_all(data: st.Da
     assert left.nodes == (None if len(allowed) == len(draft) else [row - 1 for row in allowed])
     padded = TreeTokens([*draft, -1, -1], [*draft.parents, 0, 0])
     assert manager(XgrammarBackend, v2=True).validate_tokens(asking, padded) == draft
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_where_masks_are_slow_the_first_nodes_are_verified(v2: bool) -> None:
+    asking = request("request", grammar(XgrammarBackend, REGEXES[2]))
+    r, g, b, z = tokenizer().convert_tokens_to_ids(["r", "g", "b", "z"])
+    made = manager(XgrammarBackend, v2=v2)
+    made._pace = Pace()
+    assert made.validate_tokens(asking, TreeTokens([z, r, g, b], [0, 0, 0, 0])) == ([z, r, g, b] if v2 else [r, g, b])
+    made._pace.took(asking, 1, MASK_SECONDS / 2)
+    assert made.validate_tokens(asking, TreeTokens([z, r, g, b], [0, 0, 0, 0])) == ([z, r] if v2 else [r, g])
 
 
 def test_a_request_that_follows_no_grammar_keeps_its_tokens() -> None:

@@ -99,10 +99,11 @@ class Run:
             "speculative_config": {"num_speculative_tokens": NODES, **speculative},
             "max_num_batched_tokens": MOST * (NODES + 1) - NODES // 2,
         }
-        with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm, recorded_steps(llm) as steps:
-            self.texts = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
+        with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm:
+            with recorded_steps(llm) as steps:
+                self.texts = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
             self.counters: SpecCounters = spec_counters(llm)
-            self.steps: list[SchedulerOutput] = list(steps)
+            self.steps: list[SchedulerOutput] = steps
             self.seeded = texts(generate(llm, plain.prompts[: len(SEEDED)], SEEDED))
             self.code = CodeRun.on(llm, plain)
             self.remembered = len(model_runner(llm)._drafts) if not UNDER_TEST.is_v2 else 0

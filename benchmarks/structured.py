@@ -129,7 +129,7 @@ def structured(
     target: Annotated[Path, typer.Option(help="The target's directory.")] = MODEL,
     heads: Annotated[Path, typer.Option(help="Its heads' directory.")] = HEADS,
     requests: Annotated[int, typer.Option(min=3, help="Requests with structured output.")] = 200,
-    free: Annotated[int, typer.Option(min=0, help="Requests without.")] = 40,
+    free: Annotated[int, typer.Option(min=0, help="Requests without.")] = 24,
     nodes: Annotated[int, typer.Option(min=1, help="num_speculative_tokens of the tree.")] = 15,
     batch: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 16,
     threads: Annotated[int, typer.Option(min=1, help="Of each engine.")] = 1,

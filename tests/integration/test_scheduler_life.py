@@ -346,6 +346,22 @@ class TestRoomForAll:
         assert all(";" in text for text in written[3::4])
         assert all(json.loads(text).keys() == {"name", "size"} for text in written[2::4])
 
+    def test_typical_acceptance_keeps_what_the_grammar_allows(self, llm: LLM, plain: Plain) -> None:
+        params = [
+            SamplingParams(
+                temperature=0.9,
+                seed=index,
+                max_tokens=GRAMMAR,
+                structured_outputs=StructuredOutputsParams(regex=SEGMENTS),
+                extra_args={"medusa_acceptance": "typical"},
+            )
+            for index in range(MOST)
+        ]
+        before = spec_counters(llm)
+        outputs = generate(llm, plain.prompts[:MOST], params)
+        assert (spec_counters(llm) - before).accepted > 0
+        assert all(re.fullmatch(r"([^;]{7};){0,9}[^;]{0,7}", output.outputs[0].text) for output in outputs)
+
     def test_prompts_of_one_token_give_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         scenario = plain.scenarios["one-token prompts"]
         assert outcome(scenario.repeat_on(llm)) == outcome(scenario.answers)

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from vllm.v1.structured_output.utils import strip_speculative_padding
 
 from vllm_medusa.config import medusa_config
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
-    from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 
 class TreeStructuredOutputManager(StructuredOutputManager):
@@ -124,5 +124,5 @@ def _draft(tokens: list[int]) -> TreeTokens:
 def _grammar(request: Request) -> StructuredOutputGrammar:
     assert request.structured_output_request is not None
     grammar = request.structured_output_request.grammar
-    assert grammar is not None and not isinstance(grammar, Exception)  # noqa: PT018
+    assert isinstance(grammar, StructuredOutputGrammar)
     return grammar

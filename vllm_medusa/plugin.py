@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.structured_output import StructuredOutputManager
 
 
 def register() -> None:
@@ -31,6 +32,7 @@ def register() -> None:
     patches.check_requests(_is_medusa, _check_request)
     patches.allow_async_scheduling()
     patches.capture_further_sizes(_further_capture_sizes)
+    patches.manage_structured_output(_structured_output_manager)
 
 
 def _make_config(
@@ -67,3 +69,13 @@ def _further_capture_sizes(vllm_config: VllmConfig) -> list[int]:
     from vllm_medusa.config import further_capture_sizes, medusa_config
 
     return further_capture_sizes(vllm_config) if medusa_config(vllm_config) is not None else []
+
+
+def _structured_output_manager(vllm_config: VllmConfig) -> type[StructuredOutputManager] | None:
+    from vllm_medusa.config import medusa_config
+
+    if medusa_config(vllm_config) is None:
+        return None
+    from vllm_medusa.structured_output.manager import TreeStructuredOutputManager
+
+    return TreeStructuredOutputManager

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -24,6 +25,7 @@ from tests.integration.engines import (
     texts,
 )
 from tests.under_test import UNDER_TEST, on
+from vllm_medusa.structured_output.tokens import TreeTokens
 
 PROMPTS, TOKENS, MOST = on(v1=(40, 56, 6), v2=(3, 9, 3), triton=(3, 7, 3))
 NODES = on(v1=15, v2=7)
@@ -63,6 +65,32 @@ class Plain:
             self.code = texts(generate(llm, self.prompts[:CODES], CODE))
 
 
+@dataclass(frozen=True)
+class CodeRun:
+    """What requests with a grammar say beside free ones, and how.
+
+    Attributes:
+        texts: of both by turns, those with a grammar first.
+        steps: how many a request with a grammar took, all together.
+        drafts: of requests with a grammar.
+
+    """
+
+    texts: list[list[int]]
+    steps: int
+    drafts: list[TreeTokens]
+
+    @classmethod
+    def on(cls, llm: LLM, plain: Plain) -> CodeRun:
+        both = [CODE, greedy(TOKENS)] * CODES
+        with recorded_steps(llm) as steps:
+            outputs = generate(llm, [plain.prompts[index // 2] for index in range(2 * CODES)], both)
+        grammars = {output.request_id for output in outputs[::2]}
+        taken = [req_id.rsplit("-", 1)[0] in grammars for step in steps for req_id in step.num_scheduled_tokens]
+        drafts = [draft for step in steps for draft in step.scheduled_spec_decode_tokens.values()]
+        return cls(texts(outputs), sum(taken), [draft for draft in drafts if isinstance(draft, TreeTokens)])
+
+
 class Run:
     """What an engine with trees says in batches that mix, and how."""
 
@@ -71,13 +99,13 @@ class Run:
             "speculative_config": {"num_speculative_tokens": NODES, **speculative},
             "max_num_batched_tokens": MOST * (NODES + 1) - NODES // 2,
         }
-        with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm, recorded_steps(llm) as steps:
-            self.texts = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
+        with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm:
+            with recorded_steps(llm) as steps:
+                self.texts = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
             self.counters: SpecCounters = spec_counters(llm)
-            self.steps: list[SchedulerOutput] = list(steps)
+            self.steps: list[SchedulerOutput] = steps
             self.seeded = texts(generate(llm, plain.prompts[: len(SEEDED)], SEEDED))
-            both = [CODE, greedy(TOKENS)] * CODES
-            self.code = texts(generate(llm, [plain.prompts[index // 2] for index in range(2 * CODES)], both))
+            self.code = CodeRun.on(llm, plain)
             self.remembered = len(model_runner(llm)._drafts) if not UNDER_TEST.is_v2 else 0
 
     @property
@@ -120,9 +148,20 @@ def test_seeded_requests_draw_what_they_draw_without_speculation(either: Run, pl
 
 
 @pytest.mark.both_runners
-def test_requests_with_a_grammar_follow_a_chain_beside_trees(either: Run, plain: Plain) -> None:
-    assert either.code[::2] == plain.code
-    assert either.code[1::2] == plain.greedy[:CODES]
+def test_requests_with_a_grammar_have_trees_beside_others(either: Run, plain: Plain) -> None:
+    assert either.code.texts[::2] == plain.code
+    assert either.code.texts[1::2] == plain.greedy[:CODES]
+    assert any([*draft.parents[: len(draft)]] != [*range(len(draft))] for draft in either.code.drafts)
+
+
+def test_requests_with_a_grammar_take_fewer_steps_with_a_tree_than_with_a_chain(
+    run: Run, plain: Plain, tiny_target: Path, tiny_heads: Path
+) -> None:
+    with engine(tiny_target, heads=tiny_heads, tree="chain", **OPTIONS) as llm:
+        chain = CodeRun.on(llm, plain)
+    assert chain.texts == run.code.texts
+    print("\nsteps with a grammar:", chain.steps, run.code.steps)
+    assert run.code.steps < chain.steps
 
 
 def test_the_batches_compared_mix_sizes_prompt_chunks_and_cut_drafts(run: Run) -> None:

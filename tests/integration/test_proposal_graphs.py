@@ -72,21 +72,18 @@ def test_replayed_proposals_are_those_of_the_heads(
         assert num_replays(graphs)[2] > 3
 
 
-def test_requests_that_follow_a_grammar_are_not_replayed(tiny_target: Path, tiny_heads: Path) -> None:
+def test_a_replayed_proposal_waits_in_the_slots_of_its_requests(tiny_target: Path, tiny_heads: Path) -> None:
     with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm, recorded_graphs():
         runner = model_runner(llm)
         graphs, speculator = capture(runner), runner.speculator
         hidden = torch.randn(2, runner.model_config.get_hidden_size())
         batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
         arguments = (batch, {}, {}, hidden, None, None, None, roots := torch.zeros(2, dtype=torch.int64))
-        speculator.stopped_at, speculator.chained = torch.tensor([1, 0]), torch.tensor([True, False])
+        speculator.stopped_at = torch.tensor([1, 0])
         tokens = speculator.propose(*arguments)
-        drafts = speculator.proposer.propose(hidden.flip(0), roots, speculator.chained)
-        assert torch.equal(tokens, drafts.padded_tokens())
+        drafts = speculator.proposer.propose(hidden.flip(0), roots)
+        assert torch.equal(tokens, drafts.tokens)
         assert torch.equal(speculator.drafts.by_slot[:2], drafts.parents.flip(0))
-        speculator.chained = None
-        tokens = speculator.propose(*arguments)
-        assert torch.equal(tokens, speculator.proposer.propose(hidden.flip(0), roots).tokens)
         assert num_replays(graphs) == [0, 1, 0]
 
 

@@ -33,6 +33,7 @@ from tests.integration.engines import (
     texts,
 )
 from tests.under_test import on
+from vllm_medusa.structured_output.tokens import TreeTokens
 
 ENDINGS = on(v1=["stop tokens", "stop strings", "end of sequence", "min tokens"], v2=["stop tokens"])
 PROMPTS, LENGTH, REST, LATE, GRAMMAR = on(v1=(24, 96, 24, 48, 48), v2=(8, 40, 8, 24, 24))
@@ -327,33 +328,55 @@ class TestRoomForAll:
     @pytest.mark.both_runners
     def test_requests_with_a_grammar_and_trees_share_a_batch(self, llm: LLM, plain: Plain) -> None:
         scenario = plain.scenarios["with a grammar"]
+        params = [each.clone() for each in scenario.params]
+        for index, each in enumerate(params):
+            each.extra_args = {"medusa_max_nodes": 3} if index % 5 == 4 else None
         with recorded_steps(llm) as steps:
-            outputs = scenario.repeat_on(llm)
+            outputs = generate(llm, scenario.prompts, params)
         assert outcome(outputs) == outcome(scenario.answers)
         grammars = {output.request_id for output in outputs[::2]}
         drafted = [{req_id.rsplit("-", 1)[0] for req_id in step.scheduled_spec_decode_tokens} for step in steps]
         assert any(grammars & ids and ids - grammars for ids in drafted)
+        drafts = [draft for step in steps for draft in step.scheduled_spec_decode_tokens.values()]
+        trees = [draft for draft in drafts if isinstance(draft, TreeTokens)]
+        assert any([*draft.parents[: len(draft)]] != [*range(len(draft))] for draft in trees)
         written = [output.outputs[0].text for output in outputs[::2]]
         assert set(written[::4]) <= set(COLOURS)
         assert all(re.fullmatch(CODE, text) for text in written[1::4])
         assert all(";" in text for text in written[3::4])
         assert all(json.loads(text).keys() == {"name", "size"} for text in written[2::4])
 
+    def test_typical_acceptance_keeps_what_the_grammar_allows(self, llm: LLM, plain: Plain) -> None:
+        params = [
+            SamplingParams(
+                temperature=0.9,
+                seed=index,
+                max_tokens=GRAMMAR,
+                structured_outputs=StructuredOutputsParams(regex=SEGMENTS),
+                extra_args={"medusa_acceptance": "typical"},
+            )
+            for index in range(MOST)
+        ]
+        before = spec_counters(llm)
+        outputs = generate(llm, plain.prompts[:MOST], params)
+        assert (spec_counters(llm) - before).accepted > 0
+        assert all(re.fullmatch(r"([^;]{7};){0,9}[^;]{0,7}", output.outputs[0].text) for output in outputs)
+
     def test_prompts_of_one_token_give_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         scenario = plain.scenarios["one-token prompts"]
         assert outcome(scenario.repeat_on(llm)) == outcome(scenario.answers)
 
     def test_a_prompt_of_one_token_joins_with_a_draft_of_padding_and_no_context(self, llm: LLM, plain: Plain) -> None:
-        """It joins requests that have no tree in the same step: their grammars allow a chain at most."""
-        grammar, single = plain.scenarios["with a grammar"], plain.scenarios["one-token prompts"]
+        """It joins a request that has no tree in the same step."""
+        single = plain.scenarios["one-token prompts"]
         with recorded_steps(llm) as steps:
             outputs = join(
                 llm,
-                first=("grammar", grammar.prompts[4], grammar.params[4]),
+                first=("chain", plain.prompts[4], greedy(LENGTH, extra_args={"medusa_max_nodes": 1})),
                 second=("single", single.prompts[0], single.params[0]),
             )
         assert padded(steps) == 1
-        assert outcome([outputs["grammar"]]) == outcome([grammar.answers[4]])
+        assert texts([outputs["chain"]]) == plain.long[4:5]
         assert outcome([outputs["single"]]) == outcome([single.answers[0]])
 
     def test_a_prompt_that_is_cached_but_for_one_token_joins_with_a_draft_of_padding(
@@ -441,6 +464,12 @@ class TestLittleRoom:
         assert found == plain.long
         assert preemptions(llm) > before
         assert resumptions(steps) > 0
+
+    def test_preempted_and_cut_requests_with_a_grammar_give_the_stock_text(self, llm: LLM, plain: Plain) -> None:
+        scenario = plain.scenarios["with a grammar"]
+        before = preemptions(llm)
+        assert outcome(scenario.repeat_on(llm)) == outcome(scenario.answers)
+        assert preemptions(llm) > before
 
     def test_preempted_requests_with_seeds_draw_the_stock_text(self, llm: LLM, plain: Plain) -> None:
         scenario = plain.scenarios["seeded"]

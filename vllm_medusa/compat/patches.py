@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.structured_output import StructuredOutputManager
 
 
 def engine_args_know_medusa() -> bool:
@@ -146,3 +147,21 @@ def allow_async_scheduling() -> None:
     # Reason: vllm.config.vllm turns asynchronous scheduling off for methods that are in none of its closed lists. It
     # reads this list for nothing else, and a method name that is only ours changes nothing for other methods.
     engine_config.NgramGPUTypes = Literal[*get_args(engine_config.NgramGPUTypes), ENGINE_METHOD]
+
+
+def manage_structured_output(manager: Callable[[VllmConfig], type[StructuredOutputManager] | None]) -> None:
+    """Let engines have a manager of structured output of their own.
+
+    Args:
+        manager: given an engine's configuration, the subclass that it needs; None for vLLM's own.
+
+    """
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    # Reason: vLLM's engine core names this class and has no setting for another. Its module, where the name could be
+    # replaced, takes most of a second to import in every worker, which has no use for it.
+    def new(cls: type[StructuredOutputManager], vllm_config: VllmConfig) -> StructuredOutputManager:
+        of_engine = manager(vllm_config) if cls is StructuredOutputManager else None
+        return object.__new__(of_engine or cls)
+
+    StructuredOutputManager.__new__ = new

@@ -12,6 +12,9 @@ FLASH_ATTENTION = "vllm.v1.attention.backends.flash_attn"
 TRITON_ATTENTION = "vllm.v1.attention.backends.triton_attn"
 LOGITS_PROCESSOR = "vllm.model_executor.layers.logits_processor:LogitsProcessor"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+STRUCTURED_OUTPUT = "vllm.v1.structured_output:StructuredOutputManager"
+GRAMMAR = "vllm.v1.structured_output.backend_types:StructuredOutputGrammar"
+DRAFT_TOKENS_HANDLER = "vllm.v1.worker.gpu.spec_decode.utils:DraftTokensHandler"
 GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
 BUDGET = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
@@ -96,6 +99,15 @@ SIGNATURES: Final = {
     f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build": BUILD,
     f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
     f"{TRITON_ATTENTION}:TritonAttentionImpl.forward": FORWARD,
+    # Overridden: structured output.
+    f"{STRUCTURED_OUTPUT}.__init__": "self, vllm_config",
+    f"{STRUCTURED_OUTPUT}.validate_tokens": "self, request, spec_tokens",
+    f"{STRUCTURED_OUTPUT}.grammar_bitmask": (
+        "self, requests, structured_output_request_ids, scheduled_spec_decode_tokens"
+    ),
+    f"{DRAFT_TOKENS_HANDLER}.__init__": "self, device",
+    f"{DRAFT_TOKENS_HANDLER}.set_draft_tokens": "self, input_batch, draft_tokens",
+    f"{DRAFT_TOKENS_HANDLER}.get_draft_tokens": "self",
     # Overridden: the LM heads' weights and products.
     f"{EMBEDDING}:VocabParallelEmbedding.__init__": (
         "self, num_embeddings, embedding_dim, params_dtype, org_num_embeddings, padding_size, quant_config, prefix, "
@@ -174,6 +186,13 @@ SIGNATURES: Final = {
         "max_per_req_token_ids, logits_mode"
     ),
     "vllm.v1.worker.gpu.metrics.logits:get_num_nans": "logits",
+    f"{STRUCTURED_OUTPUT}._get_constraint_bounds": "self, request, spec_tokens, spec_tokens_committed",
+    f"{GRAMMAR}.accept_tokens": "self, request_id, tokens",
+    f"{GRAMMAR}.validate_tokens": "self, tokens",
+    f"{GRAMMAR}.rollback": "self, num_tokens",
+    f"{GRAMMAR}.fill_bitmask": "self, bitmask, batch_index",
+    f"{GRAMMAR}.is_terminated": "self",
+    "vllm.v1.structured_output.utils:strip_speculative_padding": "token_ids",
     "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected": (
         "num_sampled, seq_lens, cu_num_logits, idx_mapping, prefill_len"
     ),
@@ -228,7 +247,13 @@ FIELDS: Final = {
         "alibi_slopes attn_type head_size kv_cache_dtype logits_soft_cap scale sinks sliding_window chunk_lookback"
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups",
-    "vllm.v1.core.sched.output:SchedulerOutput": "total_num_scheduled_tokens scheduled_new_reqs",
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "total_num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens"
+    ),
+    STRUCTURED_OUTPUT: "vllm_config _grammar_bitmask _full_mask",
+    DRAFT_TOKENS_HANDLER: "draft_tokens_np num_draft_tokens",
+    "vllm.v1.outputs:DraftTokenIds": "req_ids draft_token_ids",
+    "vllm.v1.structured_output:ConstraintBounds": "grammar_start constraint_start",
     "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
     "vllm.v1.outputs:LogprobsTensors": "logprob_token_ids logprobs selected_token_ranks",
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "num_draft_tokens",
@@ -242,12 +267,13 @@ FIELDS: Final = {
         "scheduler_config max_num_tokens dtype model vllm_config"
     ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
-        "req_states sampler rejection_sampler speculator attn_groups kv_cache_config compilation_config max_num_reqs "
-        "model vocab_size adaptive_verification"
+        "req_states sampler rejection_sampler speculator draft_tokens_handler attn_groups kv_cache_config "
+        "compilation_config max_num_reqs model vocab_size adaptive_verification"
     ),
     "vllm.v1.worker.gpu.input_batch:InputBatch": (
         "num_reqs num_draft_tokens_per_req idx_mapping idx_mapping_np logits_indices input_ids positions seq_lens "
-        "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound"
+        "cu_num_logits cu_num_logits_np expanded_idx_mapping expanded_local_pos seq_lens_cpu_upper_bound "
+        "has_structured_output_reqs"
     ),
     "vllm.v1.worker.gpu.sample.output:SamplerOutput": (
         "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected sampling_mask_tensors"
@@ -288,6 +314,7 @@ PATCHED: Final = {
     "vllm.transformers_utils.config:_CONFIG_REGISTRY": "process",
     "vllm.transformers_utils.config:_SPECULATIVE_DECODING_CONFIGS": "process",
     "vllm.model_executor.models.registry:ModelRegistry.models": "process",
+    f"{STRUCTURED_OUTPUT}.__new__": "process",
     "vllm.v1.worker.gpu_model_runner:build_logitsprocs": "runner",
     "vllm.v1.worker.gpu.model_runner:init_speculator": "runner",
     "vllm.v1.worker.gpu.model_runner:maybe_create_adaptive_verification_manager": "runner",

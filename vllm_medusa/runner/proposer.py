@@ -41,22 +41,20 @@ class MedusaProposer:
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size]
         roots: torch.Tensor,  # [num_reqs], int64
-        chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
         """Draft each request's next tokens.
 
         Args:
             hidden: the target's normed hidden state at the row where each request stopped.
             roots: the token that was drawn there; read by sequential heads only.
-            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
         if isinstance(self.tree, BeamTree):
-            return self.tree.draft(self.model.by_level(hidden), roots, chained)
+            return self.tree.draft(self.model.by_level(hidden), roots)
         if self.model.paths is not None:
             assert isinstance(self.tree, StaticTree)
-            return self.tree.draft_by_level(self.model.by_level(hidden), roots, chained)
+            return self.tree.draft_by_level(self.model.by_level(hidden), roots)
         if isinstance(self.tree, DynamicTree):
             log_probs, tokens = self.model.top_predictions(hidden, self.tree.top_k)
-            return self.tree.draft(tokens, log_probs, chained)
-        return self.tree.draft(self.model.top_tokens(hidden, self.tree.top_k), chained)
+            return self.tree.draft(tokens, log_probs)
+        return self.tree.draft(self.model.top_tokens(hidden, self.tree.top_k))

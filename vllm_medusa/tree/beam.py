@@ -61,14 +61,12 @@ class BeamTree:
         self,
         heads: LevelHeads,
         roots: torch.Tensor,  # [num_reqs], int64
-        chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
         """Grow each request's tree, best first.
 
         Args:
             heads: heads that have not been asked yet.
             roots: the token that the target has sampled last.
-            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
         num_reqs = len(roots)
@@ -78,9 +76,6 @@ class BeamTree:
         for depth in range(1, self.depth + 1):
             log_probs, tokens = heads.top_predictions(asked, self.top_k)
             of_path = scores[:, :, None] + log_probs.nan_to_num(nan=-math.inf, neginf=-math.inf)
-            if chained is not None:
-                of_path[:, 1:].masked_fill_(chained[:, None, None], -math.inf)
-                of_path[:, :, 1:].masked_fill_(chained[:, None, None], -math.inf)
             tokens, of_path = tokens.flatten(1), of_path.flatten(1)
             all_tokens.append(tokens)
             all_parents.append(own.repeat_interleave(self.top_k, dim=1))

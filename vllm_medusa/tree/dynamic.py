@@ -67,13 +67,13 @@ class DynamicTree:
         ranks = torch.tensor([[*path, *[self.top_k] * (num_heads - len(path))] for path in paths])
         self._terms = ranks + torch.arange(num_heads) * (self.top_k + 1)
         follows = (ranks == 0).cummin(dim=1).values
-        self._on_chain, self._leaves, self._weight = follows.sum(dim=1) == depth, ~follows, 1 - follows / 2
+        self._leaves, self._weight = ~follows, 1 - follows / 2
         self._token = (depth - 1).clamp(min=0) * self.top_k + self.candidates.ranks
 
     def to(self, device: torch.device) -> DynamicTree:
         """Return a tree that grows on another device."""
         moved = copy.copy(self)
-        for name in ("_row", "_parent", "_terms", "_on_chain", "_leaves", "_weight", "_token"):
+        for name in ("_row", "_parent", "_terms", "_leaves", "_weight", "_token"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
@@ -91,19 +91,15 @@ class DynamicTree:
         self,
         tokens: torch.Tensor,  # [num_reqs, heads, top_k], int64
         log_probs: torch.Tensor,  # [num_reqs, heads, top_k], float32
-        chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
         """Grow each request's tree, best first.
 
         Args:
             tokens: each head's most probable tokens, best first.
             log_probs: their log-probabilities.
-            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
         scores = self._scores(log_probs)
-        if chained is not None:
-            scores.masked_fill_(chained[:, None] & ~self._on_chain, -math.inf)
         flat = tokens.flatten(1)
         return most_probable(
             scores,

@@ -30,15 +30,12 @@ MAX_NODES = 1024
 
 
 class _Nodes(NamedTuple):
-    """What drafting reads of a static tree, on the heads' device; ``[num_nodes]``, int64, but lengths and log_probs."""
+    """What drafting reads of a static tree, on the heads' device; ``[num_nodes]``, int64, but length and log_probs."""
 
     heads: torch.Tensor
     ranks: torch.Tensor
     parents: torch.Tensor
     length: torch.Tensor
-    top_path_first: torch.Tensor
-    chain_parents: torch.Tensor
-    chain_length: torch.Tensor
     log_probs: torch.Tensor | None = None
 
 
@@ -94,43 +91,30 @@ class StaticTree:
     def draft(
         self,
         tokens: torch.Tensor,  # [num_reqs, heads, top_k], int64
-        chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
         """Draft for each request.
 
         Args:
             tokens: each head's most probable tokens, best first.
-            chained: requests whose draft must be the chain of the heads' top-1 tokens; None if there are none.
 
         """
-        return self._drafts(tokens[:, self._nodes.heads, self._nodes.ranks], chained)
+        return self._drafts(tokens[:, self._nodes.heads, self._nodes.ranks])
 
     def draft_by_level(
         self,
         heads: LevelHeads,
         roots: torch.Tensor,  # [num_reqs], int64
-        chained: torch.Tensor | None = None,  # [num_reqs], bool
     ) -> Drafts:
         """Draft as ``draft`` does from heads that read the path to a node; ``roots`` are the last sampled tokens."""
-        return self._drafts(self._plan.fill(heads, roots), chained)
+        return self._drafts(self._plan.fill(heads, roots))
 
     def _drafts(
         self,
         drafted: torch.Tensor,  # [num_reqs, num_nodes], int64
-        chained: torch.Tensor | None,  # [num_reqs], bool
     ) -> Drafts:
         nodes = self._nodes
         log_probs = None if nodes.log_probs is None else nodes.log_probs.expand(drafted.shape)
-        if chained is None:
-            return Drafts(drafted, nodes.parents.expand_as(drafted), nodes.length.expand(len(drafted)), log_probs)
-        if log_probs is not None:
-            log_probs = torch.where(chained[:, None], log_probs[:, nodes.top_path_first], log_probs)
-        return Drafts(
-            tokens=torch.where(chained[:, None], drafted[:, nodes.top_path_first], drafted),
-            parents=torch.where(chained[:, None], nodes.chain_parents, nodes.parents),
-            lengths=torch.where(chained, nodes.chain_length, nodes.length),
-            log_probs=log_probs,
-        )
+        return Drafts(drafted, nodes.parents.expand_as(drafted), nodes.length.expand(len(drafted)), log_probs)
 
     @cached_property
     def _plan(self) -> LevelPlan:
@@ -138,15 +122,11 @@ class StaticTree:
 
     @cached_property
     def _nodes(self) -> _Nodes:
-        top_path_first = sorted(range(self.num_nodes), key=lambda node: node not in self.top_path)
         return _Nodes(
             heads=self.topology.depths[1:] - 1,
             ranks=self.ranks[1:],
             parents=self.topology.parents[1:],
             length=torch.tensor(self.num_nodes),
-            top_path_first=torch.tensor(top_path_first, dtype=torch.int64),
-            chain_parents=torch.arange(self.num_nodes),
-            chain_length=torch.tensor(len(self.top_path)),
             log_probs=self.log_probs,
         )
 
@@ -159,11 +139,6 @@ class StaticTree:
     def top_k(self) -> int:
         """How many of each head's most probable tokens the tree needs."""
         return int(self.ranks.max()) + 1
-
-    @property
-    def top_path(self) -> list[int]:
-        """Indices into ``choices`` of the chain of top-1 tokens, from the root down; empty if there is none."""
-        return [index for index, choice in enumerate(self.choices) if not any(choice)]
 
     @property
     def choices(self) -> list[list[int]]:

@@ -117,19 +117,6 @@ def test_a_beam_that_holds_every_node_gives_the_best_tree(tree: BeamTree, num_re
             assert float(kept.sum()) == pytest.approx(best, abs=1e-4)
 
 
-@deterministic
-@given(tree=trees(), seed=st.integers(0, 1000))
-def test_a_chained_request_gets_the_top_1_chain_beside_one_with_a_tree(tree: BeamTree, seed: int) -> None:
-    heads, chained = TableHeads(2, seed), torch.tensor([True, False])
-
-    drafts = tree.draft(heads, torch.zeros(2, dtype=torch.int64), chained)
-
-    free = tree.draft(TableHeads(2, seed), torch.zeros(2, dtype=torch.int64))
-    assert drafts.tokens[1].tolist() == free.tokens[1].tolist()
-    length = int(drafts.lengths[0])
-    assert paths_of(drafts.tokens[0], drafts.parents[0])[:length] == [(0,) * depth for depth in range(1, length + 1)]
-
-
 def test_heads_that_predict_no_numbers_draft_nothing() -> None:
     class Broken(TableHeads):
         def log_probs(self, request: int, path: Path, top_k: int) -> torch.Tensor:

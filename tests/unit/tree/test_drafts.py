@@ -33,22 +33,6 @@ def test_a_static_tree_drafts_the_token_of_each_nodes_head_and_rank(tree: Static
         assert length == tree.num_nodes
 
 
-@deterministic
-@given(st.sampled_from(TREES), st.lists(st.booleans(), min_size=5, max_size=5))
-def test_chained_requests_draft_the_top_path_and_the_others_the_tree(tree: StaticTree, chained: list[bool]) -> None:
-    drafts, others = tree.draft(PREDICTIONS, torch.tensor(chained)), tree.draft(PREDICTIONS)
-    for index, is_chain in enumerate(chained):
-        if is_chain:
-            assert drafts.lengths[index] == len(tree.top_path)
-            tokens = PREDICTIONS[index, : len(tree.top_path), 0].tolist()
-            assert drafts.padded_tokens()[index].tolist() == tokens + [NO_TOKEN] * (tree.num_nodes - len(tokens))
-            assert drafts.parents[index].tolist() == list(range(tree.num_nodes))
-        else:
-            assert torch.equal(drafts.tokens[index], others.tokens[index])
-            assert torch.equal(drafts.parents[index], others.parents[index])
-            assert drafts.lengths[index] == tree.num_nodes
-
-
 def test_tokens_past_a_drafts_length_are_padding() -> None:
     tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
     drafts = Drafts(tokens, torch.zeros_like(tokens), torch.tensor([3, 1]))

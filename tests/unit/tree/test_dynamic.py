@@ -42,8 +42,8 @@ def distinct_tokens(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.arange(log_probs.numel()).view(log_probs.shape)
 
 
-def grow(tree: DynamicTree, log_probs: torch.Tensor, chained: torch.Tensor | None = None) -> Drafts:
-    return tree.draft(distinct_tokens(log_probs), log_probs, chained)
+def grow(tree: DynamicTree, log_probs: torch.Tensor) -> Drafts:
+    return tree.draft(distinct_tokens(log_probs), log_probs)
 
 
 def paths_of(tree: DynamicTree, drafts: Drafts, index: int) -> list[tuple[int, ...]]:
@@ -96,10 +96,10 @@ def test_the_most_probable_paths_are_grown_best_first(case: tuple[DynamicTree, t
 
 
 @deterministic
-@given(cases(), st.booleans())
-def test_every_path_comes_after_its_parent(case: tuple[DynamicTree, torch.Tensor], chained: bool) -> None:
+@given(cases())
+def test_every_path_comes_after_its_parent(case: tuple[DynamicTree, torch.Tensor]) -> None:
     tree, log_probs = case
-    drafts = grow(tree, log_probs, torch.full((len(log_probs),), chained))
+    drafts = grow(tree, log_probs)
     node = torch.arange(tree.num_nodes)
     assert ((drafts.parents >= 0) & (drafts.parents <= node)).all()
     for index in range(len(log_probs)):
@@ -131,28 +131,6 @@ def test_paths_that_are_improbable_are_left_out(case: tuple[DynamicTree, torch.T
         if any(abs(each - floor) < 1e-6 for each in probabilities) and floor:
             continue  # either is right
         assert length == sum(each > 0 and each >= floor for each in probabilities)
-
-
-@deterministic
-@given(cases())
-def test_chained_requests_draft_the_chain_of_top_tokens_and_the_others_their_trees(
-    case: tuple[DynamicTree, torch.Tensor],
-) -> None:
-    tree, log_probs = case
-    chained = torch.arange(len(log_probs)) % 2 == 0
-    drafts, others = grow(tree, log_probs, chained), grow(tree, log_probs)
-    for index, is_chain in enumerate(chained.tolist()):
-        paths, length = paths_of(tree, drafts, index), int(drafts.lengths[index])
-        if is_chain:
-            chain = [(0,) * depth for depth in range(1, tree.depth + 1)]
-            assert paths[1 : length + 1] == chain[:length]
-            probable = [probability(log_probs[index], path) for path in chain]
-            floor = tree.min_probability
-            if not any(abs(each - floor) < 1e-6 for each in probable) or not floor:
-                assert length == sum(each > 0 and each >= floor for each in probable)
-        else:
-            assert paths == paths_of(tree, others, index)
-            assert length == others.lengths[index]
 
 
 def test_top_tokens_of_different_heads_mostly_come_true_together() -> None:

@@ -38,14 +38,5 @@ def test_each_node_carries_the_token_of_its_own_path(choices: list[list[int]], r
     assert drafts.parents.tolist() == [tree.topology.parents[1:].tolist()] * len(roots)
 
 
-def test_a_chained_request_gets_the_chain_of_top_1_tokens() -> None:
-    tree = from_choices([[1], [0], [0, 1], [0, 0]])
-
-    drafts = tree.draft_by_level(RankHeads(), torch.tensor([1, 2]), torch.tensor([True, False]))
-
-    assert drafts.tokens[0, : drafts.lengths[0]].tolist() == [10, 100]
-    assert drafts.tokens[1].tolist() == [21, 20, 201, 200]
-
-
 def test_a_chain_asks_for_one_node_after_another() -> None:
     assert chain(3).draft_by_level(RankHeads(), torch.tensor([7])).tokens.tolist() == [[70, 700, 7000]]

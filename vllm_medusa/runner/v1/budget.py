@@ -15,6 +15,7 @@ from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.budget.budget import Budget
 from vllm_medusa.config import medusa_config
 from vllm_medusa.runner.budget_report import BudgetReport
+from vllm_medusa.runner.v1.drafts import WaitingDrafts
 from vllm_medusa.step.trees import StepTrees
 
 
@@ -49,8 +50,8 @@ class StepBudget:
         """Start the clock."""
         self._began = time.perf_counter()
 
-    def verified(self, req_ids: Sequence[str], trees: StepTrees, walk: Walk) -> None:
-        """Stop a step's clock, and learn from what was accepted."""
+    def verified(self, req_ids: Sequence[str], trees: StepTrees, walk: Walk, drafts: WaitingDrafts) -> None:
+        """Stop a step's clock, and learn from what was accepted of the drafts."""
         num_rows = len(trees.logits_indices)
         # The time of a step that computes a part of a prompt says nothing of rows.
         if num_rows == len(trees.depths):
@@ -59,7 +60,7 @@ class StepBudget:
         rows, first = walk.rows.numpy(), trees.cu_num_rows.numpy()
         accepted[rows[rows >= 0]] = True
         request = np.repeat(np.arange(len(first) - 1), np.diff(first))
-        node = np.arange(num_rows) - first[request] - 1
+        node = drafts.drafted_nodes(req_ids, request, np.arange(num_rows) - first[request] - 1)
         depths = trees.depths.numpy()[trees.logits_indices.numpy()]
         self.budget.verified(req_ids, request, node, depths, accepted)
         if self._report is not None:

@@ -29,6 +29,8 @@ from vllm_medusa.runner.v1.costs import known_costs
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
 from vllm_medusa.runner.v1.sampling import TreeSampler
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs, derive_trees
+from vllm_medusa.structured_output.tokens import TreeTokens
+from vllm_medusa.tree.drafts import Drafts
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -81,7 +83,7 @@ class MedusaModelRunner(CPUModelRunner):
         return super().execute_model(*args, **kwargs)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
-        """Forget what is known of requests that have ended, and read the options of new ones."""
+        """Forget what is known of requests that have ended, read the options of new ones, and grammars' drafts."""
         self._drafts.forget(scheduler_output.finished_req_ids)
         self._asking -= scheduler_output.finished_req_ids
         for req_id in scheduler_output.finished_req_ids:
@@ -92,6 +94,7 @@ class MedusaModelRunner(CPUModelRunner):
                 self._asking.add(request.req_id)
             if options.max_nodes is not None:
                 self._max_nodes[request.req_id] = min(options.max_nodes, self.drafter.tree.num_nodes)
+        self._drafts.leave_out(scheduler_output.scheduled_spec_decode_tokens)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(
@@ -134,7 +137,7 @@ class MedusaModelRunner(CPUModelRunner):
         self._commit(trees, accepted, [table.slot_mapping.gpu for table in tables])
         self._walk = accepted
         if self._budget is not None:
-            self._budget.verified(self.input_batch.req_ids, trees, accepted)
+            self._budget.verified(self.input_batch.req_ids, trees, accepted, self._drafts)
         return SamplerOutput(
             sampled_token_ids=accepted.tokens.to(torch.int32), logprobs_tensors=sampler.stacked_logprobs()
         )
@@ -169,7 +172,7 @@ class MedusaModelRunner(CPUModelRunner):
         emitting = ~self.discard_request_mask.np[: len(req_ids)]
         if self._budget is not None and not self._budget.asks_heads(emitting, most):
             return [[] for _ in req_ids]
-        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens, self._chained())
+        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens)
         if most is not None:
             drafts = drafts.cut(most)
         if self._budget is not None:
@@ -177,7 +180,7 @@ class MedusaModelRunner(CPUModelRunner):
             drafts = self._budget.budget.cut(req_ids, drafts, torch.from_numpy(emitting))
         # Parents are kept of all nodes: how many of them are verified is rank 0's choice, by what it has measured.
         self._drafts.keep(req_ids, drafts)
-        return [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
+        return self._tokens(drafts)
 
     def _most_nodes(self) -> torch.Tensor | None:
         """Return most nodes of each request's draft, ``[num_reqs]``, int64; None if none has a limit."""
@@ -186,11 +189,12 @@ class MedusaModelRunner(CPUModelRunner):
         num_nodes = self.drafter.tree.num_nodes
         return torch.tensor([self._max_nodes.get(req_id, num_nodes) for req_id in self.input_batch.req_ids])
 
-    def _chained(self) -> torch.Tensor | None:
-        """Return which requests follow a grammar, ``[num_reqs]``, bool; None if none does.
-
-        The scheduler advances the grammar along the draft, which must be a chain then.
-        """
+    def _tokens(self, drafts: Drafts) -> list[list[int]]:
+        """Return the drafts' tokens for vLLM; those of requests with a grammar with their trees."""
         params = (self.requests[req_id].sampling_params for req_id in self.input_batch.req_ids)
-        chained = [each is not None and each.structured_outputs is not None for each in params]
-        return torch.tensor(chained) if any(chained) else None
+        follows = [each is not None and each.structured_outputs is not None for each in params]
+        tokens = [row[:length] for row, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
+        if not any(follows):
+            return tokens
+        trees = zip(tokens, drafts.parents.tolist(), follows, strict=True)
+        return [TreeTokens(row, parents) if has_grammar else row for row, parents, has_grammar in trees]

@@ -33,7 +33,7 @@ from vllm_medusa.request import RequestOptions
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v2.budget import BudgetManager, lacking
-from vllm_medusa.runner.v2.drafts import WaitingDrafts
+from vllm_medusa.runner.v2.drafts import TreeTokensHandler, WaitingDrafts
 from vllm_medusa.runner.v2.proposal_graphs import ProposalBuffers, ProposalGraphs
 from vllm_medusa.runner.v2.sampling import TreeVerifier
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
@@ -49,7 +49,6 @@ class MedusaSpeculator(BaseSpeculator):
 
     Attributes:
         stopped_at: ``[num_reqs]``, int64: ``Walk.stopped_at`` of the step's requests.
-        chained: ``[num_reqs]``, bool: requests whose draft must be the top-1 chain; None if there are none.
         max_nodes: ``[num_reqs]``, int64: most nodes of each request's draft; None if none has a limit.
         asked: whether the heads are asked in this step.
         enable_adaptive_verification: whether a budget chooses how much of each draft is verified; vLLM's own name.
@@ -67,7 +66,6 @@ class MedusaSpeculator(BaseSpeculator):
         self.proposer = MedusaProposer(vllm_config)
         self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
         self.stopped_at: torch.Tensor | None = None
-        self.chained: torch.Tensor | None = None
         self.max_nodes: torch.Tensor | None = None
         self.asked = True
         self.graphs: ProposalGraphs | None = None
@@ -112,7 +110,7 @@ class MedusaSpeculator(BaseSpeculator):
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
         hidden = self._buffers.hidden[: input_batch.num_reqs]
         if dummy_run:
-            return self._draft(hidden, None).tokens
+            return self._draft(hidden).tokens
         if not self.asked:
             return self._nothing(input_batch.idx_mapping)
         assert self.stopped_at is not None
@@ -120,13 +118,13 @@ class MedusaSpeculator(BaseSpeculator):
         if self.proposer.model.paths is not None:
             roots = self._buffers.roots[: input_batch.num_reqs]
             torch.index_select(last_sampled.view(-1), 0, input_batch.idx_mapping, out=roots)
-        drafts = self._draft(hidden, self.chained)
+        drafts = self._draft(hidden)
         if self.max_nodes is not None:
             drafts = drafts.cut(self.max_nodes)
         self.drafts.keep(input_batch.idx_mapping, drafts)
         if self.correction is not None:
             self.correction.rate(drafts, input_batch.idx_mapping, self.draft_token_confidence_probs)
-        return drafts.tokens if self.chained is None and self.max_nodes is None else drafts.padded_tokens()
+        return drafts.tokens if self.max_nodes is None else drafts.padded_tokens()
 
     def _nothing(
         self,
@@ -140,11 +138,10 @@ class MedusaSpeculator(BaseSpeculator):
     def _draft(
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size], the first in the buffers
-        chained: torch.Tensor | None,  # [num_reqs], bool
     ) -> Drafts:
-        """Draft by a captured graph if there is one; never where a request follows a grammar, which is rare."""
-        captured = self.graphs.replay(len(hidden)) if self.graphs is not None and chained is None else None
-        return captured or self.proposer.propose(hidden, self._buffers.roots[: len(hidden)], chained)
+        """Draft by a captured graph if there is one."""
+        captured = self.graphs.replay(len(hidden)) if self.graphs is not None else None
+        return captured or self.proposer.propose(hidden, self._buffers.roots[: len(hidden)])
 
 
 class MedusaModelRunner(GPUModelRunner):
@@ -173,10 +170,10 @@ class MedusaModelRunner(GPUModelRunner):
             super().__init__(vllm_config, device)
         self._options = options
         tree = self.speculator.proposer.tree
-        self._follows_grammar = np.zeros(self.max_num_reqs, dtype=bool)
         self._asks_rule = np.zeros(self.max_num_reqs, dtype=bool)
         self._max_nodes = np.full(self.max_num_reqs, tree.num_nodes)
         self._max_depth = tree.depth
+        self.draft_tokens_handler = TreeTokensHandler(self.speculator.drafts, device)
         self._buffers = StepTrees.allocate(tree.num_nodes, self.max_num_reqs, self.max_num_tokens, device)
         self._trees = self._buffers
 
@@ -211,12 +208,11 @@ class MedusaModelRunner(GPUModelRunner):
         return self.speculator.proposer.model
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
-        """Add the step's new requests; note their options and which follow a grammar: their drafts must be chains."""
+        """Add the step's new requests, and note their options."""
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
             slot = self.req_states.req_id_to_index[request.req_id]
-            self._follows_grammar[slot] = params is not None and params.structured_outputs is not None
             options = RequestOptions.of(params, self._options)
             self._asks_rule[slot] = not options.acceptance.is_exact
             most = self.speculator.proposer.tree.num_nodes
@@ -270,7 +266,6 @@ class MedusaModelRunner(GPUModelRunner):
             if self._commit is not None:
                 self._commit(trees, verifier.accepted, list(self._slots))
             self.speculator.stopped_at = verifier.accepted.stopped_at
-        self.speculator.chained = self._on_device(self._follows_grammar[slots])
         limits, num_nodes = self._max_nodes[slots], self.speculator.proposer.tree.num_nodes
         self.speculator.max_nodes = async_tensor_h2d(limits, device=self.device) if (limits < num_nodes).any() else None
         budget = self.adaptive_verification

@@ -20,7 +20,7 @@ BUDGET = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale"
 BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
 
-SIGNATURES: Final = {
+SIGNATURES: Final = {  # ", ...": versions may have further ones with defaults.
     # Wrapped or replaced by patches.
     "vllm.engine.arg_utils:EngineArgs.create_speculative_config": "self, target_model_config, target_parallel_config",
     "vllm.sampling_params:SamplingParams._validate_spec_decode": "self, speculative_config",
@@ -163,7 +163,7 @@ SIGNATURES: Final = {
     "vllm.v1.sample.sampler:Sampler.greedy_sample": "logits",
     "vllm.v1.sample.sampler:Sampler.__init__": "self, logprobs_mode, use_fp64_gumbel",
     "vllm.v1.sample.sampler:Sampler.sample": "self, logits, sampling_metadata, logprobs_mode_override",
-    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits, k, p",
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits, k, p, ...",
     "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native": "self, logits, generators, k, p",
     "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params": (
         "self, logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos, "

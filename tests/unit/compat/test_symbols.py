@@ -135,7 +135,12 @@ def test_a_function_takes_what_the_plugin_expects(where: str) -> None:
     names += [f"*{arguments.vararg.arg}"] if arguments.vararg else []
     names += [argument.arg for argument in arguments.kwonlyargs]
     names += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
-    assert ", ".join(names) == SIGNATURES[where]
+    expected = SIGNATURES[where]
+    if expected.endswith(", ..."):
+        known = expected.split(", ")[:-1]
+        assert len(names) - len(known) <= len(arguments.defaults), f"{where} asks for more than {known}"
+        names, expected = names[: len(known)], ", ".join(known)
+    assert ", ".join(names) == expected
 
 
 @pytest.mark.parametrize("where", FIELDS)

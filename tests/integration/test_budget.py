@@ -74,8 +74,8 @@ def prediction_counters() -> list[float]:
 def assert_texts_are_plain(run: Run, plain: Plain) -> None:
     assert run.texts == plain.greedy
     assert run.seeded == plain.seeded
-    assert run.code[::2] == plain.code
-    assert run.code[1::2] == plain.greedy[:CODES]
+    assert run.code.texts[::2] == plain.code
+    assert run.code.texts[1::2] == plain.greedy[:CODES]
 
 
 @on_v1

@@ -11,7 +11,6 @@ are what the best trees expect there. Finished runs are not repeated. docs/train
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from vllm_medusa.data.dataset import read_samples
 from vllm_medusa.data.packing import Sample
-from vllm_medusa.data.record_files import BadLineCounter, BadLines
+from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.demo.report import machine
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
+from vllm_medusa.evaluation.text import Sources, held_out_samples
+from vllm_medusa.files import read_json, write_json
 from vllm_medusa.progress import track
 from vllm_medusa.versions import installed_versions
 
@@ -142,13 +142,13 @@ def main(
     for run in wanted:
         train(run, target, data, held_out, directory)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    texts = read_samples([held_out], AutoTokenizer.from_pretrained(target), BadLineCounter(BadLines.REFUSE))
-    samples = [Sample(text.input_ids[:max_length], text.labels[:max_length]) for text in texts]
+    text = Sources((), (held_out,), style=None, bad_lines=BadLines.REFUSE, new_tokens=0, max_length=max_length)
+    samples = held_out_samples(model, AutoTokenizer.from_pretrained(target), text, batch_size=1)
     points = [judge(run, target, model, samples, directory) for run in track(wanted, "Heads")]
     show(points)
     if output is not None:
         details = {"machine": machine(), "versions": installed_versions(), "command": sys.argv, "settings": SETTINGS}
-        output.write_text(json.dumps(details | {"points": [asdict(point) for point in points]}, indent=2) + "\n")
+        write_json(output, details | {"points": [asdict(point) for point in points]})
     if plot is not None:
         draw(plot, [point for point in points if not point.change])
 
@@ -171,7 +171,7 @@ def judge(run: Run, target: Path, model: PreTrainedModel, samples: Sequence[Samp
     trained = directory / run.name
     evaluation = evaluate_heads(model, load_heads(trained / "heads", target, model), samples, show_progress=False)
     best = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, max(NODES))
-    steps = json.loads((trained / "results.json").read_text())["steps"]
+    steps = read_json(trained / "results.json")["steps"]
     batch_size = (SETTINGS | run.settings)["batch_size"]
     return Point(
         kind=run.kind,

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import set_num_threads
 
 from vllm_medusa.cli.errors import one_line_errors
+from vllm_medusa.demo.engine import Engine
 from vllm_medusa.demo.places import HEADS, MODEL, QUESTIONS
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.questions import read_questions
@@ -106,16 +107,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What an engine drafts; None speculates nothing."""
-
-    target: str
-    speculative_config: dict[str, Any] | None
-    max_num_seqs: int
-    threads: int
-
-
-@dataclass(frozen=True)
 class Answer:
     """A request's text, and in how many steps behind that of the first token the tokens after it came."""
 
@@ -147,8 +138,17 @@ def structured(
         share_environment()
 
         def ask(name: str) -> list[Answer]:
-            engine = Engine(str(target), configs[name], batch, threads)
-            with Contender(name, serve, (engine,), {}, output.parent / f"structured-{name}.log") as contender:
+            engine = Engine(
+                str(target),
+                "float32",
+                configs[name],
+                max_model_len=512,
+                max_num_seqs=batch,
+                kv_cache_memory_bytes=1 << 29,
+                skip_tokenizer_init=False,
+                structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            )
+            with Contender(name, serve, (engine, threads), {}, output.parent / f"structured-{name}.log") as contender:
                 contender.answer()
                 answers: list[Answer] = contender.ask(asked)
                 return answers
@@ -194,22 +194,10 @@ def _mixed(some: Sequence[Asked], others: Sequence[Asked]) -> list[Asked]:
     return [each for _, each in sorted(places, key=lambda placed: placed[0])]
 
 
-def serve(connection: Connection, engine: Engine) -> None:
+def serve(connection: Connection, engine: Engine, threads: int) -> None:
     """Be an engine: send ``None`` after the start, then the answers to each list of requests."""
-    from vllm import LLM
-
-    set_num_threads(engine.threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
-    llm = LLM(
-        model=engine.target,
-        dtype="float32",
-        speculative_config=engine.speculative_config,
-        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-        enforce_eager=True,
-        kv_cache_memory_bytes=1 << 29,
-        max_model_len=512,
-        max_num_seqs=engine.max_num_seqs,
-        seed=0,
-    )
+    set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
+    llm = engine.open()
     connection.send(None)
     while True:
         connection.send(decode(llm, connection.recv()))

@@ -19,6 +19,8 @@ import yaml
 
 from vllm_medusa.data.prompts import read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
+from vllm_medusa.demo.places import QUESTIONS
+from vllm_medusa.demo.questions import read_questions
 
 ABOUT = {
     name: [item.strip() for item in items.split("|")]
@@ -152,9 +154,8 @@ def prompts(count: int, seed: int, texts: list[str], left_out: set[str]) -> Iter
 
 def main() -> None:
     count, seed, output, texts = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), list(map(Path, sys.argv[4:]))
-    asked = {
-        json.loads(line)["turns"][0] for line in Path("examples/questions.jsonl").read_text().splitlines()
-    }  # The benchmarks' own questions are not to be learnt.
+    # The benchmarks' own questions are not to be learnt.
+    asked = {question.turns[0] for question in read_questions(QUESTIONS)}
     with output.open("w") as file:
         for turns in prompts(count, seed, passages(texts), asked):
             messages = [{"role": "user", "content": turn} for turn in turns]

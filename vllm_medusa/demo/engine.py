@@ -40,6 +40,7 @@ class Engine:
     max_num_seqs: int = 16
     kv_cache_memory_bytes: int = 1 << 28
     skip_tokenizer_init: bool = True
+    structured_outputs_config: dict[str, Any] | None = None
 
     def open(self) -> LLM:
         """Start the engine in this process."""
@@ -55,6 +56,7 @@ class Engine:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             skip_tokenizer_init=self.skip_tokenizer_init,
+            structured_outputs_config=self.structured_outputs_config,
             disable_log_stats=False,
             enable_prefix_caching=self.enable_prefix_caching,
             seed=0,

@@ -40,14 +40,14 @@ class Answers:
     Attributes:
         tokens: the token ids of each answer, ``[questions][turns]``.
         seconds: from the questions to the last answer, prompts included.
-        drafts: number of drafts, by vLLM's counter.
+        steps: number of steps behind each answer's first token, by vLLM's counter.
         accepted: number of accepted tokens, by vLLM's counter.
 
     """
 
     tokens: list[list[list[int]]]
     seconds: float
-    drafts: int
+    steps: int
     accepted: int
 
 
@@ -113,10 +113,10 @@ def answer(llm: Any, batch: Batch, params: Any) -> Answers:
             tokens[index].append(list(output.outputs[0].token_ids))
     seconds = time.perf_counter() - start
     added = {name: value - before[name] for name, value in counters(llm).items()}
-    return Answers(tokens, seconds, added["drafts"], added["accepted"])
+    return Answers(tokens, seconds, added["steps"], added["accepted"])
 
 
 def tokens_per_step(answers: Sequence[Answers]) -> float:
-    """Return the tokens emitted by a step that verified a draft; 1 if none did."""
-    drafts = sum(each.drafts for each in answers)
-    return 1 + sum(each.accepted for each in answers) / drafts if drafts else 1.0
+    """Return the tokens that a step emits behind an answer's first token; 1 if there are no such steps."""
+    steps = sum(each.steps for each in answers)
+    return 1 + sum(each.accepted for each in answers) / steps if steps else 1.0

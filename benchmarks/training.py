@@ -112,7 +112,7 @@ def judge(name: str, way: Way, target: Path, directory: Path, steps: int, held: 
             f"{name}-{tree}", answer, (engine, held.order), {}, directory / "logs" / f"{name}-{tree}.log"
         ) as each:
             decoded = each.answer()
-        tokens_per_step[tree] = 1 + decoded.accepted / decoded.drafts
+        tokens_per_step[tree] = decoded.tokens_per_step
     results = json.loads((trained / "results.json").read_text())
     top_k = json.loads(evaluation.read_text())["top_k"]
     return {

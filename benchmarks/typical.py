@@ -63,14 +63,14 @@ class Decoded:
     Attributes:
         tokens: emitted tokens of each prompt.
         log_probs: the mean log-probability of each prompt's emitted tokens, nats.
-        drafts: number of drafts, by vLLM's counter.
+        steps: number of steps behind each text's first token, by vLLM's counter.
         accepted: number of accepted tokens, by vLLM's counter.
 
     """
 
     tokens: list[int]
     log_probs: list[float]
-    drafts: int
+    steps: int
     accepted: int
 
 
@@ -164,7 +164,7 @@ def _points(engine: Engine, epsilon: float, orders: Sequence[Order], log: Path) 
                 order.acceptance,
                 epsilon if order.acceptance == TYPICAL else None,
                 order.temperature,
-                1 + decoded.accepted / decoded.drafts if decoded.drafts else 1.0,
+                1 + decoded.accepted / decoded.steps,
                 mean(decoded.log_probs),
                 spread,
             )
@@ -201,7 +201,7 @@ def decode(llm: Any, order: Order) -> Decoded:
     texts = [output.outputs[0] for output in outputs]
     log_probs = [text.cumulative_logprob / len(text.token_ids) for text in texts]
     added = {name: value - before[name] for name, value in counters(llm).items()}
-    return Decoded([len(text.token_ids) for text in texts], log_probs, added["drafts"], added["accepted"])
+    return Decoded([len(text.token_ids) for text in texts], log_probs, added["steps"], added["accepted"])
 
 
 def plot(points: Sequence[Point], path: Path) -> None:

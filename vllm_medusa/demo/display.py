@@ -93,5 +93,5 @@ def _speed(state: Decoded | None) -> str:
     """Return the tokens per second behind an answer's first token, and its tokens per step."""
     if state is None or state.seconds == 0:
         return ""
-    per_step = f", {1 + state.accepted / state.drafts:.2f} a step" if state.drafts else ""
+    per_step = f", {state.tokens_per_step:.2f} a step" if state.drafted else ""
     return f"{(len(state.texts[0]) - 1) / state.seconds:.1f} tokens/s{per_step}"

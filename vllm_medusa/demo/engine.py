@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 COUNTERS = {
-    "drafts": "vllm:spec_decode_num_drafts",
+    "steps": "vllm:inter_token_latency_seconds",
     "drafted": "vllm:spec_decode_num_draft_tokens",
     "accepted": "vllm:spec_decode_num_accepted_tokens",
 }
@@ -88,7 +88,7 @@ class Decoded:
     Attributes:
         texts: the emitted token ids of each prompt.
         seconds: the engine's time in the steps behind the one that gave the first token.
-        drafts: number of drafts, by vLLM's counter.
+        steps: number of steps behind each text's first token, with a draft or without one, by vLLM's counter.
         drafted: number of drafted tokens, by vLLM's counter.
         accepted: number of accepted tokens, by vLLM's counter.
         finished: whether all texts are complete.
@@ -97,10 +97,15 @@ class Decoded:
 
     texts: list[list[int]]
     seconds: float
-    drafts: int
+    steps: int
     drafted: int
     accepted: int
     finished: bool = True
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 where no step was taken behind the first token."""
+        return 1 + self.accepted / self.steps if self.steps else 1.0
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,15 @@ def decode(llm: LLM, order: Order) -> Iterator[Decoded]:
 
 
 def counters(llm: LLM) -> dict[str, int]:
-    """Read vLLM's counters of speculative decoding; all are 0 without speculation."""
-    found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    return {name: int(found.get(metric, 0)) for name, metric in COUNTERS.items()}
+    """Read the requests' steps behind their first tokens, drafted tokens and accepted ones, by vLLM's counters.
+
+    vLLM notes a latency for each such step of a request, however many tokens it emits.
+    """
+    from vllm.v1.metrics.reader import Counter, Histogram
+
+    found = {
+        metric.name: metric.count if isinstance(metric, Histogram) else metric.value
+        for metric in llm.get_metrics()
+        if isinstance(metric, Counter | Histogram)
+    }
+    return {name: found.get(metric, 0) for name, metric in COUNTERS.items()}

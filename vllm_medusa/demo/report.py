@@ -60,15 +60,15 @@ def figures_of(run: Run, baseline: Run, numbers: Iterable[int]) -> Figures:
     if not timed:
         raise ValueError("no answer has more than one token; give other questions, or more --tokens")
     answers = [run.answers[number] for number in timed]
-    drafts = sum(answer.drafts for answer in answers)
+    steps = sum(answer.steps for answer in answers)
     speeds = [_tokens_per_second(answer) for answer in answers]
     plain = [_tokens_per_second(baseline.answers[number]) for number in timed]
     return {
         "tokens_per_second": statistics.median(speeds),
-        "tokens_per_step": 1 + sum(answer.accepted for answer in answers) / drafts if drafts else 1.0,
+        "tokens_per_step": 1 + sum(answer.accepted for answer in answers) / steps,
         "speedup": statistics.median(own / other for own, other in zip(speeds, plain, strict=True)),
         "milliseconds_per_step": statistics.median(map(_milliseconds_per_step, answers)),
-        "drafted_tokens": sum(answer.drafted for answer in answers) / drafts if drafts else 0.0,
+        "drafted_tokens": sum(answer.drafted for answer in answers) / steps,
         "identical_texts": sum(run.exact[number] == baseline.exact[number] for number in asked),
         "texts": len(asked),
     }
@@ -147,4 +147,4 @@ def _tokens_per_second(answer: Decoded) -> float:
 
 
 def _milliseconds_per_step(answer: Decoded) -> float:
-    return answer.seconds / (answer.drafts or len(answer.texts[0]) - 1) * 1e3
+    return answer.seconds / answer.steps * 1e3

@@ -22,12 +22,12 @@ def test_a_batch_has_one_category() -> None:
 
 def test_figures_are_of_totals_and_texts_are_those_of_whole_questions() -> None:
     plain = [
-        ("qa", Answers([[[1, 2], [3, 4]], [[5, 6]]], seconds=6.0, drafts=0, accepted=0)),
-        ("math", Answers([[[7, 8, 9, 9]]], seconds=2.0, drafts=0, accepted=0)),
+        ("qa", Answers([[[1, 2], [3, 4]], [[5, 6]]], seconds=6.0, steps=3, accepted=0)),
+        ("math", Answers([[[7, 8, 9, 9]]], seconds=2.0, steps=3, accepted=0)),
     ]
     tree = [
-        ("qa", Answers([[[1, 2], [3, 5]], [[5, 6]]], seconds=3.0, drafts=2, accepted=3)),
-        ("math", Answers([[[7, 8, 9, 9]]], seconds=2.0, drafts=2, accepted=1)),
+        ("qa", Answers([[[1, 2], [3, 5]], [[5, 6]]], seconds=3.0, steps=2, accepted=3)),
+        ("math", Answers([[[7, 8, 9, 9]]], seconds=2.0, steps=2, accepted=1)),
     ]
     found = summarise({"plain": plain, "tree": tree})
     assert found["plain"]["tokens_per_step"] == found["plain"]["speedup"] == found["plain"]["identical_texts"] == 1

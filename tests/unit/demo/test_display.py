@@ -24,8 +24,8 @@ def text_of(ids: Sequence[int]) -> str:
     return " ".join(f"word{each}" for each in ids)
 
 
-def decoded(length: int, drafts: int = 0, finished: bool = False) -> Decoded:
-    return Decoded([list(range(length))], 2.0, drafts, 4 * drafts, drafts // 2, finished)
+def decoded(length: int, accepted: int = 0, finished: bool = False) -> Decoded:
+    return Decoded([list(range(length))], 2.0, length - 1 - accepted, 4 * accepted, accepted, finished)
 
 
 def frame(**states: Decoded | None) -> list[str]:
@@ -36,14 +36,14 @@ def frame(**states: Decoded | None) -> list[str]:
 
 
 def test_each_contender_has_a_column_with_its_answer_and_its_speed() -> None:
-    lines = frame(plain=decoded(3), native_chain=decoded(5, drafts=2), tree=None)
+    lines = frame(plain=decoded(3), native_chain=decoded(5, accepted=1), tree=None)
     text = "\n".join(lines)
     assert lines[0].startswith("2 of 2, b: What is 1?")
     titles = next(line for line in lines if "plain vLLM" in line)
     assert titles.index("plain vLLM") < titles.index("vLLM's chain") < titles.index("our tree")
     assert "word2" in text
     assert "1.0 tokens/s ─" in text
-    assert "2.0 tokens/s, 1.50 a step" in text
+    assert "2.0 tokens/s, 1.33 a step" in text
     assert "take turns" in text
 
 

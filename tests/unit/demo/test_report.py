@@ -19,7 +19,7 @@ TEXT, OTHER = [1, 2, 3, 4, 5], [1, 2, 3, 4, 9]
 
 
 def plain(seconds: float) -> Decoded:
-    return Decoded([TEXT], seconds, 0, 0, 0)
+    return Decoded([TEXT], seconds, steps=len(TEXT) - 1, drafted=0, accepted=0)
 
 
 RUNS = {
@@ -29,15 +29,15 @@ RUNS = {
     ),
     TREE: Run(
         {
-            0: Decoded([TEXT], 2.0, drafts=2, drafted=9, accepted=2),
-            1: Decoded([TEXT], 0.5, drafts=2, drafted=6, accepted=4),
-            2: Decoded([OTHER], 1.0, drafts=4, drafted=10, accepted=0),
-            3: Decoded([TEXT], 0.5, drafts=2, drafted=5, accepted=2),
+            0: Decoded([TEXT], 2.0, steps=2, drafted=9, accepted=2),
+            1: Decoded([TEXT], 0.5, steps=2, drafted=6, accepted=4),
+            2: Decoded([OTHER], 1.0, steps=4, drafted=10, accepted=0),
+            3: Decoded([TEXT], 0.5, steps=2, drafted=5, accepted=2),
         },
         {0: TEXT, 1: TEXT, 2: OTHER, 3: TEXT},
     ),
     TREE_WIDE: Run(
-        {0: Decoded([TEXT], 8.0, drafts=1, drafted=31, accepted=3), 1: Decoded([TEXT], 2.0, 1, 31, 3)},
+        {0: Decoded([TEXT], 8.0, steps=1, drafted=31, accepted=3), 1: Decoded([TEXT], 2.0, 1, 31, 3)},
         {0: TEXT, 1: TEXT},
     ),
 }

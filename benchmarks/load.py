@@ -57,8 +57,14 @@ FIRST_STEPS = 2
 MIN_TOKENS = 16
 LONGEST = 10
 
-FEW = 16
+FEW = 4
 """With more requests at once a round takes long, so each has half the tokens."""
+
+ROUNDS = 3
+"""At least so many, since a single one can be far off; a contender whose round takes longer than ``LONG`` has one."""
+
+LONG = 10.0
+"""Seconds."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -112,7 +118,7 @@ def load(
     target: Annotated[Path, typer.Option(help="The target's directory.")] = MODEL,
     heads: Annotated[Path, typer.Option(help="Its heads' directory.")] = HEADS,
     questions: Annotated[Path, typer.Option(help="Questions in Spec-Bench's format.")] = QUESTIONS,
-    requests: Annotated[int, typer.Option(min=1, help="Requests under each load, and at least one round.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help=f"Requests under each load, and at least {ROUNDS} rounds.")] = 6,
     tokens: Annotated[
         int, typer.Option(min=MIN_TOKENS, help=f"Tokens of a request; half of it with more than {FEW} at once.")
     ] = 32,
@@ -137,7 +143,7 @@ def load(
             for name, config in _configs(names, target, heads, output).items()
         }
         asked = {most: tokens if most <= FEW else max(tokens // 2, MIN_TOKENS) for most in loads}
-        rounds = {most: ceil(requests / most) for most in loads}
+        rounds = {most: max(ceil(requests / most), 1 if servers else ROUNDS) for most in loads}
         about = {"dtype": dtype, "threads": threads, "tokens": asked, "servers": servers}
         words = f"{dtype}, {threads} threads, {tokens} tokens at most"
         if servers:
@@ -170,7 +176,8 @@ def race(
             ran: dict[str, list[Round]] = {name: [] for name in contenders}
             for number in range(work.rounds[most]):
                 for name, each in contenders.items():
-                    ran[name].append(each.ask(work.load(most, number)))
+                    if not ran[name] or ran[name][0].seconds < LONG:
+                        ran[name].append(each.ask(work.load(most, number)))
             results[most] = summarise(ran)
     return results
 
@@ -277,7 +284,7 @@ def summarise(rounds: dict[str, list[Round]]) -> dict[str, Result]:
         times = sorted(1e3 * time for each in own for time in each.times_per_token)
         found[name] = Result(
             tokens_per_second=statistics.median(speeds),
-            speedup=statistics.median(a / b for a, b in zip(speeds, plain, strict=True)) if plain else None,
+            speedup=statistics.median(a / b for a, b in zip(speeds, plain, strict=False)) if plain else None,
             time_per_token_p50=times[len(times) // 2],
             time_per_token_p95=times[len(times) * 95 // 100],
             rows_per_step=sum(len(each.times_per_token) * each.steps + each.drafted for each in own)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
+
 PATIENCE = 3
 """Drafts in a row of which nothing is verified before the heads pause."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 4, 64
-"""Steps; each pause is twice as long as the last one. After the longest ones, asking costs a 64th of its price."""
+FIRST_PAUSE, LONGEST_PAUSE = 4, 128
+"""Steps; each pause is twice as long as the last one. After the longest ones, asking costs a 128th of its price."""
 
 MARGIN = 0.03
 """By how much speculation has to be faster than plain decoding to begin again, so that it does not come and go."""
@@ -26,8 +29,7 @@ RETRYING_RATE = 1 / 4
 class Gains:
     """How much faster than plain decoding speculation is expected to be, with the heads' own time, by load.
 
-    A step of few requests may gain nothing because the heads happen to be unsure, so what counts is the average. Loads
-    are told apart by powers of two of the number of requests.
+    A step of few requests may gain nothing because the heads happen to be unsure, so what counts is the average.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class Gains:
             gain: expected tokens per second with the proposal and its verification, by those of plain decoding.
 
         """
-        load = num_reqs.bit_length()
+        load = load_of(num_reqs)
         rate = max(num_reqs / (num_reqs + REQUESTS), RETRYING_RATE if load in self._idle else 0)
         average = self._average.get(load, FIRST_GAIN)
         average += rate * (gain - average)
@@ -54,33 +56,44 @@ class Gains:
         return load not in self._idle
 
 
+@dataclass
+class _Pause:
+    """How the heads are asked under one load."""
+
+    in_vain: int = 0
+    length: int = 0
+    left: int = 0
+
+
 class Pauses:
-    """When the heads are not asked, in steps.
+    """When the heads are not asked, in steps, by load: what a load has shown is still known when it comes again.
 
     All of it follows from what the scheduler has scheduled, which is the same on every rank; so all ranks ask the heads
     in the same steps, as tensor parallelism needs, whatever each has measured.
     """
 
     def __init__(self) -> None:
-        self._in_vain = 0
-        self._pause = 0
-        self._left = 0
-        self._paused_at = 0
+        self._by_load: defaultdict[int, _Pause] = defaultdict(_Pause)
 
     def saw(self, num_reqs: int, *, verified: bool) -> None:
         """Note whether anything of the last drafts was verified, in a step of so many requests."""
+        pause = self._by_load[load_of(num_reqs)]
         if verified:
-            self._in_vain = self._pause = 0
+            pause.in_vain = pause.length = 0
             return
-        self._in_vain += 1
-        if self._in_vain >= PATIENCE:
-            self._pause = min(max(2 * self._pause, FIRST_PAUSE), LONGEST_PAUSE)
-            self._left, self._paused_at = self._pause, num_reqs
+        pause.in_vain += 1
+        if pause.in_vain >= PATIENCE:
+            pause.length = pause.left = min(max(2 * pause.length, FIRST_PAUSE), LONGEST_PAUSE)
 
     def asks_heads(self, num_reqs: int) -> bool:
-        """Whether to ask the heads in this step, of so many requests; a pause ends where the load has halved."""
-        if self._left and 2 * num_reqs > self._paused_at:
-            self._left -= 1
+        """Whether to ask the heads in this step, of so many requests."""
+        pause = self._by_load[load_of(num_reqs)]
+        if pause.left:
+            pause.left -= 1
             return False
-        self._left = 0
         return True
+
+
+def load_of(num_reqs: int) -> int:
+    """Return which load a number of requests is: loads are told apart by powers of two."""
+    return num_reqs.bit_length()

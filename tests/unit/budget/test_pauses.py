@@ -29,14 +29,15 @@ def test_pauses_double_up_to_the_longest() -> None:
     assert set(between[5:]) == {LONGEST_PAUSE}
 
 
-def test_a_pause_ends_where_the_load_has_halved() -> None:
+def test_a_pause_is_of_its_load_and_goes_on_when_that_comes_again() -> None:
     pauses = Pauses()
     for _ in range(PATIENCE):
         pauses.saw(16, verified=False)
-    assert not pauses.asks_heads(16)
-    assert not pauses.asks_heads(9)
-    assert pauses.asks_heads(8)
-    assert pauses.asks_heads(16)
+    assert [pauses.asks_heads(num_reqs) for num_reqs in (16, 31, 8, 15, 8)] == [False, False, True, True, True]
+    pauses.saw(8, verified=True)
+    assert [pauses.asks_heads(16) for _ in range(FIRST_PAUSE - 1)] == [False] * (FIRST_PAUSE - 2) + [True]
+    pauses.saw(16, verified=False)
+    assert [pauses.asks_heads(16) for _ in range(2 * FIRST_PAUSE)] == [False] * 2 * FIRST_PAUSE
 
 
 def test_one_verified_draft_ends_all_patience_lost() -> None:

@@ -105,9 +105,10 @@ def judge(name: str, way: Way, target: Path, directory: Path, steps: int, held: 
     medusa(["eval", *flags(measured), "--write"])
     trees = {"chain": {"medusa_tree": "chain"}}
     trees |= {f"{nodes} nodes": {"medusa_tree": "sparse", "num_speculative_tokens": nodes} for nodes in NODES}
+    whole = {"medusa_budget": "off"}
     tokens_per_step = {}
     for tree, options in trees.items():
-        engine = Engine(str(served), "float32", {"method": "medusa", "model": str(heads), **options})
+        engine = Engine(str(served), "float32", {"method": "medusa", "model": str(heads), **options, **whole})
         with Contender(
             f"{name}-{tree}", answer, (engine, held.order), {}, directory / "logs" / f"{name}-{tree}.log"
         ) as each:

@@ -120,8 +120,14 @@ def typical(
         share_environment()
         points: list[Point] = []
         for index, each in enumerate(track(epsilon or [0.01, 0.03, 0.09, 0.2, 0.4], "Engines")):
-            options = {"medusa_posterior_threshold": each, "medusa_posterior_alpha": math.sqrt(each)}
-            speculative = {"method": "medusa", "model": str(heads), "medusa_tree": tree, **options}
+            speculative = {
+                "method": "medusa",
+                "model": str(heads),
+                "medusa_tree": tree,
+                "medusa_budget": "off",  # It would verify as many nodes as pay just then.
+                "medusa_posterior_threshold": each,
+                "medusa_posterior_alpha": math.sqrt(each),
+            }
             if nodes is not None:
                 speculative["num_speculative_tokens"] = nodes
             engine = Engine(

@@ -37,7 +37,7 @@ def main() -> None:
     counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     steps = counters["vllm:spec_decode_num_drafts"]
     accepted = counters["vllm:spec_decode_num_accepted_tokens"]
-    print(f"--- {1 + accepted / steps:.2f} tokens per step")
+    print(f"--- {1 + accepted / steps:.2f} tokens per step" if steps else "--- no draft was worth verifying")
 
 
 if __name__ == "__main__":

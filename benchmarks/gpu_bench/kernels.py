@@ -108,14 +108,16 @@ class _Step:
         buffers = StepTrees.allocate(rows - 1, requests, total, device)
         parents = tree.parents[None, 1:].repeat(requests, 1).to(device)
         slots = torch.arange(requests, device=device)
+        # Each call moves the positions further, which takes as long wherever they are.
+        ids, positions = row.int(), torch.zeros_like(row)
         self.derive: Callable[[], StepTrees] = lambda: derive_trees_on_device(
             parents=parents,
             idx_mapping=slots,
             query_start_loc=starts,
             cu_num_rows=starts,
             logits_indices=row,
-            input_ids=row.int(),
-            positions=torch.zeros_like(row),
+            input_ids=ids,
+            positions=positions,
             max_depth=tree.depth,
             num_drafting_reqs=requests,
             buffers=buffers,

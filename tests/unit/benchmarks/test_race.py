@@ -44,6 +44,11 @@ def test_engines_that_no_part_asks_for_are_not_started(tmp_path: Path, monkeypat
     assert [entrant.name for entrant in entrants] == shown
 
 
+def test_every_engine_with_heads_verifies_all_the_rows_by_which_its_step_is_known(lineup: Lineup) -> None:
+    budgets = {entrant.tree["medusa_budget"] for entrant in lineup.entrants if entrant.heads is not None}
+    assert budgets == {"off"}
+
+
 def test_as_many_engines_run_side_by_side_as_there_is_memory_for(lineup: Lineup) -> None:
     each = lineup.target.weight_bytes + setting_of(lineup).cache_bytes + SPARE_BYTES
     assert [setting_of(lineup, free_bytes=free).at_a_time for free in (0, each, 3 * each, 4 * each - 1)] == [2, 2, 3, 3]

@@ -19,6 +19,7 @@ from vllm_medusa.checkpoint.entries import paths_of
 from vllm_medusa.checkpoint.hub import require_name
 from vllm_medusa.checkpoint.served import check_directory
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER, WORKERS
+from vllm_medusa.engine_checks import check_branching, check_target
 from vllm_medusa.messages import shortened, shortened_message
 from vllm_medusa.tree.options import NAMED_TREES, Tree, TreeOptions
 from vllm_medusa.tree.static import StaticTree
@@ -32,19 +33,6 @@ few."""
 
 BUDGETED_NUM_NODES = {"cpu": 15, "cuda": 31}
 """The same where a budget chooses among them, step by step."""
-
-CACHE_DTYPES = {
-    "cpu": ("auto", "float16", "bfloat16"),
-    "cuda": ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
-}
-"""KV caches under which each platform's attention can mask a branching tree."""
-
-MAX_CAPTURED_ROWS = 2048
-"""Rows of the largest decode step that is captured as a CUDA graph where the user gives no sizes. So large a step keeps
-the device busy for longer than the host takes to launch it, and each graph costs memory and seconds of the start."""
-
-CAPTURE_SPACING = 8
-"""Sizes above vLLM's own lie an eighth apart: padding to the next size adds no more than that to a step."""
 
 MAX_REASON = 400
 """Characters of another library's error that a refusal repeats."""
@@ -127,7 +115,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             )
         heads: str = self.model
         self._check_budget()
-        self._check_target()
+        check_target(self.target_model_config, self.target_parallel_config)
+        self._check_ranks()
         try:
             require_name(heads)
             if Path(heads).is_dir():
@@ -148,7 +137,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         tree = self._build_tree()
         self.num_speculative_tokens = tree.num_nodes
         self.medusa_tree = tree.choices if isinstance(tree, StaticTree) else "dynamic"
-        self._check_branching(tree)
+        check_branching(tree, self.target_model_config)
         self.method = ENGINE_METHOD
         self.model = PROPOSER
         self._choose_worker()
@@ -257,53 +246,13 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
                 "all requests of a step verify together, an integer of at least 1"
             )
 
-    def _check_target(self) -> None:
-        """Refuse targets that Medusa cannot serve, whatever the tree."""
-        target, platform = self.target_model_config, current_platform.device_type
-        if platform not in WORKERS:
-            raise ValueError(
-                f"speculative_config: method 'medusa' runs on {sorted(WORKERS)}, not on {platform!r}; drop it there"
-            )
+    def _check_ranks(self) -> None:
         tensor_parallel = self.target_parallel_config.tensor_parallel_size
         if self.draft_tensor_parallel_size not in (None, tensor_parallel):
             raise ValueError(
                 f"speculative_config: draft_tensor_parallel_size is {self.draft_tensor_parallel_size}, but Medusa "
                 f"heads run on the target's ranks; leave it out or give {tensor_parallel}"
             )
-        unsupported = {
-            "attention-free models": target.is_attention_free,
-            "hybrid models (Mamba, linear attention)": target.is_hybrid,
-            "encoder-decoder models": target.is_encoder_decoder,
-            "pooling models": target.runner_type == "pooling",
-            "pipeline parallelism": self.target_parallel_config.pipeline_parallel_size > 1,
-            "context parallelism": max(
-                self.target_parallel_config.decode_context_parallel_size,
-                self.target_parallel_config.prefill_context_parallel_size,
-            )
-            > 1,
-            "batch-sharded sampling": bool(self.target_parallel_config.enable_batch_sharded_sampling),
-            "trace replay (enable_trace_replay)": target.enable_trace_replay,
-        }
-        for what, asked in unsupported.items():
-            if asked:
-                raise ValueError(
-                    f"speculative_config: method 'medusa' does not support {what} ({target.model!r}); drop it"
-                )
-
-    def _check_branching(self, tree: Tree) -> None:
-        """Refuse targets that can verify a chain but not a branching tree."""
-        target = self.target_model_config
-        unsupported = {
-            "multi-head latent attention": target.use_mla,
-            "multi-dimensional rotary positions": target.uses_mrope or getattr(target, "uses_xdrope_dim", 0) > 0,
-            "a window that leaves the prompt visible (rswa_window)": target.rswa_window is not None,
-        }
-        for what, used in unsupported.items():
-            if used and tree.branches:
-                raise ValueError(
-                    f"medusa_tree: a branching tree cannot verify a model with {what} ({target.model!r}); "
-                    'give medusa_tree "chain"'
-                )
 
     def _choose_worker(self) -> None:
         worker = WORKERS[current_platform.device_type]
@@ -319,48 +268,6 @@ def medusa_config(vllm_config: VllmConfig) -> MedusaSpeculativeConfig | None:
     """Return the engine's Medusa options, None if it does not decode with Medusa."""
     speculative = vllm_config.speculative_config
     return speculative if isinstance(speculative, MedusaSpeculativeConfig) else None
-
-
-def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuse what only the whole engine's configuration shows, before any weight is loaded.
-
-    Raises:
-        ValueError: the tree branches, and the engine quantises its KV cache or hands it on while a step runs.
-
-    """
-    options = medusa_config(vllm_config)
-    assert options is not None
-    if not options.tree.branches:
-        return
-    dtype = vllm_config.cache_config.cache_dtype
-    unsupported = {
-        f"a quantised KV cache (kv_cache_dtype {dtype!r})": dtype not in CACHE_DTYPES[current_platform.device_type],
-        "a KV connector (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
-        "kv_sharing_fast_prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
-        "micro-batches (enable_dbo)": vllm_config.parallel_config.use_ubatching,
-    }
-    for what, used in unsupported.items():
-        if used:
-            raise ValueError(
-                f'medusa_tree: a branching tree does not work with {what}; drop it, or give medusa_tree "chain"'
-            )
-
-
-def further_capture_sizes(vllm_config: VllmConfig) -> list[int]:
-    """Return in which sizes, besides vLLM's, CUDA graphs of decode steps are to be captured: tokens, ascending.
-
-    vLLM's own sizes stop at 512 tokens (1024 on some devices), which is 16 requests of 32 rows.
-    """
-    rows, sizes = vllm_config.uniform_decode_query_len, vllm_config.compilation_config.cudagraph_capture_sizes
-    if not sizes:
-        return []
-    scheduler = vllm_config.scheduler_config
-    most = min(scheduler.max_num_seqs, min(MAX_CAPTURED_ROWS, scheduler.max_num_batched_tokens) // rows)
-    requests, further = sizes[-1] // rows, []
-    while requests < most:
-        requests = min(requests + max(requests // CAPTURE_SPACING, 1), most)
-        further.append(requests * rows)
-    return further
 
 
 def _in_one_line(error: Exception) -> str:

@@ -66,7 +66,8 @@ def _check_request(params: SamplingParams, speculative_config: SpeculativeConfig
 
 
 def _further_capture_sizes(vllm_config: VllmConfig) -> list[int]:
-    from vllm_medusa.config import further_capture_sizes, medusa_config
+    from vllm_medusa.capture_sizes import further_capture_sizes
+    from vllm_medusa.config import medusa_config
 
     return further_capture_sizes(vllm_config) if medusa_config(vllm_config) is not None else []
 

@@ -10,19 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.unit.engine_configs import LLAMA, Models
-from tests.unit.refusals.options import MROPE, RSWA
 from vllm_medusa.compat.names import ENGINE_METHOD, PROPOSER
 from vllm_medusa.config import (
     BUDGETED_NUM_NODES,
-    CAPTURE_SPACING,
     DEFAULT_NUM_NODES,
-    MAX_CAPTURED_ROWS,
     MedusaSpeculativeConfig,
-    check_engine,
     medusa_config,
 )
 from vllm_medusa.runner.proposer import MedusaProposer
@@ -186,81 +181,11 @@ def test_the_largest_tree_is_accepted(models: Models) -> None:
     assert medusa.num_speculative_tokens == MAX_NODES
 
 
-def test_another_platform_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="tpu"))
-    assert "method 'medusa' runs on ['cpu', 'cuda'], not on 'tpu'" in models.refusal({})
-
-
 def test_a_gpu_gets_its_worker_and_a_wider_tree(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
     config = models.configure({})
     assert config.parallel_config.worker_cls == "vllm_medusa.runner.gpu_worker.MedusaGPUWorker"
     assert config.speculative_config.num_speculative_tokens == DEFAULT_NUM_NODES["cuda"] > BUDGETED_NUM_NODES["cpu"]
-
-
-def test_a_gpu_takes_a_branching_tree_with_an_fp8_cache(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
-    monkeypatch.setattr("vllm_medusa.config.current_platform", SimpleNamespace(device_type="cuda"))
-    check_engine(config)
-    for dtype in ("int8_per_token_head", "fp8_e5m2"):
-        config.cache_config.cache_dtype = dtype
-        with pytest.raises(ValueError, match=f"quantised KV cache .*{dtype}"):
-            check_engine(config)
-
-
-def sizes_chosen(models: Models, options: dict[str, Any], given: list[int] | None = None, **engine: Any) -> list[int]:
-    """The sizes of CUDA graphs, as on a device that has them."""
-    config = models.configure(options, **engine)
-    compilation = config.compilation_config
-    config.model_config.enforce_eager = False
-    compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    compilation.compile_sizes, compilation.cudagraph_capture_sizes = None, given
-    compilation.max_cudagraph_capture_size = given[-1] if given else None
-    config._set_cudagraph_sizes()
-    assert compilation.max_cudagraph_capture_size == compilation.cudagraph_capture_sizes[-1]
-    return list(compilation.cudagraph_capture_sizes)
-
-
-@pytest.mark.parametrize(
-    ("rows", "max_num_seqs", "largest"),
-    [(32, 256, 2048), (32, 40, 1280), (8, 256, 2048), (5, 1024, 2045), (8, 32, 512)],
-)
-def test_decode_steps_are_captured_to_a_bound_with_little_padding(
-    models: Models, rows: int, max_num_seqs: int, largest: int
-) -> None:
-    tree = [[token] for token in range(rows - 1)]
-    sizes = sizes_chosen(models, {"medusa_tree": tree}, max_num_seqs=max_num_seqs, max_num_batched_tokens=8192)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == largest <= MAX_CAPTURED_ROWS
-    further = [size for size in sizes if size > 512]
-    assert all(size % rows == 0 for size in further)
-    assert len(further) <= 16
-    for requests in range(512 // rows + 1, largest // rows + 1):
-        padded = next(size for size in sizes if size >= requests * rows)
-        assert padded - requests * rows <= max(requests * rows / CAPTURE_SPACING, rows)
-
-
-def test_no_step_is_captured_that_the_scheduler_cannot_make(models: Models) -> None:
-    tree = [[token] for token in range(31)]
-    assert sizes_chosen(models, {"medusa_tree": tree}, max_num_seqs=256, max_num_batched_tokens=1000)[-1] == 31 * 32
-
-
-def test_capture_sizes_that_the_user_gives_stay(models: Models) -> None:
-    assert sizes_chosen(models, {"medusa_tree": [2]}, given=[8, 64], max_num_seqs=256) == [8, 64]
-
-
-@pytest.mark.parametrize("target", [MROPE, RSWA], ids=["mrope", "rswa"])
-def test_a_target_whose_trees_cannot_branch_is_served_with_a_chain(models: Models, target: dict[str, Any]) -> None:
-    assert models.medusa({"medusa_tree": "chain"}, target=target).tree.topology.is_chain
-
-
-def test_a_quantised_cache_takes_a_chain_and_no_branching_tree(models: Models) -> None:
-    branching = models.configure({"medusa_tree": [2]}, kv_cache_dtype="fp8")
-    said = r"^medusa_tree: [^\n]*quantised KV cache \(kv_cache_dtype 'fp8[^\n]*or give medusa_tree"
-    with pytest.raises(ValueError, match=said):
-        check_engine(branching)
-    check_engine(models.configure({"medusa_tree": "chain"}, kv_cache_dtype="fp8"))
-    check_engine(models.configure({"medusa_tree": [2]}))
 
 
 def described(config: MedusaSpeculativeConfig | None) -> tuple[Any, ...]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tests.unit.engine_configs import LLAMA, Models
 from tests.unit.refusals.case import Case, Section, value_error
-from vllm_medusa.config import check_engine
+from vllm_medusa.config import medusa_config
+from vllm_medusa.engine_checks import check_engine
 
 MAMBA = {
     "architectures": ["MambaForCausalLM"],
@@ -46,7 +47,9 @@ def checked(given: str, *names: str, **changes: Any) -> Case:
 
     def refused(directory: Path) -> str:
         config = Models(directory).configure({"medusa_tree": [2]}, **changes)
-        return value_error(lambda: check_engine(config))
+        options = medusa_config(config)
+        assert options is not None
+        return value_error(lambda: check_engine(config, options.tree))
 
     return Case(given, names, refused)
 
@@ -150,6 +153,7 @@ ENGINES = Section(
             target=RSWA,
             options={"medusa_tree": [2]},
         ),
+        checked("`--enable-lora`", "does not support LoRA adapters (enable_lora)", enable_lora=True),
         checked(
             "`--kv-cache-dtype fp8` with a branching tree, on a CPU",
             "quantised KV cache (kv_cache_dtype 'fp8",

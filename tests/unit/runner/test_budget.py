@@ -14,7 +14,6 @@ from vllm_medusa.runner.v2.budget import lacking
 SERVED: dict[str, Any] = {
     "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
     "return_sampling_mask": False,
-    "lora_config": None,
     "enabled": False,
     "use_ubatching": False,
 }
@@ -25,7 +24,6 @@ def config(**others: Any) -> Any:
     return SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=options["cudagraph_mode"]),
         model_config=SimpleNamespace(return_sampling_mask=options["return_sampling_mask"]),
-        lora_config=options["lora_config"],
         aux_output_config=SimpleNamespace(enabled=options["enabled"]),
         parallel_config=SimpleNamespace(use_ubatching=options["use_ubatching"]),
     )
@@ -41,7 +39,6 @@ def test_an_engine_with_graphs_of_whole_decode_steps_can_have_one() -> None:
     [
         ({"cudagraph_mode": CUDAGraphMode.NONE}, "enforce_eager"),
         ({"cudagraph_mode": CUDAGraphMode.PIECEWISE}, "cudagraph_mode"),
-        ({"lora_config": object()}, "LoRA"),
         ({"return_sampling_mask": True}, "return_sampling_mask"),
         ({"enabled": True}, "enable_return_routed_experts"),
         ({"use_ubatching": True}, "enable_dbo"),

@@ -19,7 +19,8 @@ from vllm_medusa.acceptance.exact import Walk, walk
 from vllm_medusa.attention.cpu.backend import tree_attention_selected
 from vllm_medusa.attention.metadata import announce_trees, prepare_backends
 from vllm_medusa.compat.runners import all_logits_processors
-from vllm_medusa.config import check_engine, medusa_config
+from vllm_medusa.config import medusa_config
+from vllm_medusa.engine_checks import check_engine
 from vllm_medusa.kv_cache.backend_commit import BackendCommit
 from vllm_medusa.request import RequestOptions
 from vllm_medusa.runner.proposer import MedusaProposer
@@ -39,13 +40,13 @@ class MedusaModelRunner(CPUModelRunner):
     drafter: MedusaProposer
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        check_engine(vllm_config)
+        options = medusa_config(vllm_config)
+        assert options is not None
+        check_engine(vllm_config, options.tree)
         with all_logits_processors():
             super().__init__(vllm_config, device)
         self._drafts = WaitingDrafts(self.drafter.tree.num_nodes)
         self._max_depth = self.drafter.tree.depth
-        options = medusa_config(vllm_config)
-        assert options is not None
         self._options = options
         self._rule = options.rule("typical")
         self._asking: set[str] = set()

@@ -113,14 +113,13 @@ class BudgetManager(AdaptiveVerificationManager):
 def lacking(vllm_config: VllmConfig) -> str | None:
     """Return what keeps vLLM from verifying as many rows of a request as pay, in words; None if nothing does.
 
-    These are the conditions under which vLLM itself refuses adaptive verification.
+    These are the conditions under which vLLM itself refuses adaptive verification, but LoRA, which has been refused.
     """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     reasons = {
         "whole decode steps are no CUDA graphs (enforce_eager, cudagraph_mode)": (
             compilation.cudagraph_mode is None or not compilation.cudagraph_mode.has_full_cudagraphs()
         ),
-        "LoRA adapters are enabled": vllm_config.lora_config is not None,
         "sampling masks are returned (return_sampling_mask)": model.return_sampling_mask,
         "routed experts are returned (enable_return_routed_experts)": vllm_config.aux_output_config.enabled,
         "steps are cut into micro-batches (enable_dbo)": vllm_config.parallel_config.use_ubatching,

@@ -26,7 +26,8 @@ from vllm_medusa.attention.metadata import announce_trees, prepare_backends, tre
 from vllm_medusa.attention.triton.selection import check_lengths, tree_attention_selected
 from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.compat.runners import adaptive_verification, speculator
-from vllm_medusa.config import MedusaSpeculativeConfig, check_engine, medusa_config
+from vllm_medusa.config import MedusaSpeculativeConfig, medusa_config
+from vllm_medusa.engine_checks import check_engine
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.request import RequestOptions
@@ -156,9 +157,9 @@ class MedusaModelRunner(GPUModelRunner):
     commit_class: type[KVCommit] = KernelCommit
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        check_engine(vllm_config)
         options = medusa_config(vllm_config)
         assert options is not None
+        check_engine(vllm_config, options.tree)
         if options.medusa_min_probability:
             raise ValueError(
                 f"medusa_min_probability: {options.medusa_min_probability} cannot be heeded by vLLM's model runner V2, "

@@ -159,9 +159,13 @@ def manage_structured_output(manager: Callable[[VllmConfig], type[StructuredOutp
     from vllm.v1.structured_output import StructuredOutputManager
 
     # Reason: vLLM's engine core names this class and has no setting for another. Its module, where the name could be
-    # replaced, takes most of a second to import in every worker, which has no use for it.
-    def new(cls: type[StructuredOutputManager], vllm_config: VllmConfig) -> StructuredOutputManager:
-        of_engine = manager(vllm_config) if cls is StructuredOutputManager else None
-        return object.__new__(of_engine or cls)
+    # replaced, takes most of a second to import in every worker, which has no use for it. Subclasses of others, with
+    # arguments of their own, and copies, which are made without any, are left as they are.
+    before = StructuredOutputManager.__new__
+
+    def new(cls: type[StructuredOutputManager], *args: Any, **kwargs: Any) -> StructuredOutputManager:
+        if cls is StructuredOutputManager and (args or kwargs):
+            cls = manager(*args, **kwargs) or cls
+        return object.__new__(cls) if before is object.__new__ else before(cls, *args, **kwargs)
 
     StructuredOutputManager.__new__ = new

@@ -6,12 +6,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+
+VLLM_ADVICE = ". Pass enable_adaptive_verification=false"
+"""Where vLLM's reason ends and its advice begins, which is to change an option that the method does not have."""
 
 
 @contextmanager
@@ -53,13 +57,13 @@ def speculator(make: Callable[[VllmConfig, torch.device], Any]) -> AbstractConte
 
 
 def adaptive_verification(
-    make: Callable[..., Any], refused: Callable[[ValueError], None]
+    make: Callable[..., Any], refused: Callable[[str], None]
 ) -> AbstractContextManager[None]:
     """Let a V2 runner make its manager of adaptive verification with ``make``.
 
     Args:
-        make: takes what vLLM's manager takes.
-        refused: is told if an attention backend cannot serve it; the runner then has none.
+        make: takes what vLLM's manager takes; what it raises ends the start.
+        refused: is told why, if vLLM says that an attention backend cannot serve it; the runner then has none.
 
     """
     from vllm.v1.worker.gpu import model_runner
@@ -70,12 +74,14 @@ def adaptive_verification(
     # Reason: the runner makes its manager in the midst of a long method, by a function that names the class, and a
     # backend that cannot serve it ends the start, where a budget that is not asked for by number is to be left out.
     def maybe_create_adaptive_verification_manager(**kwargs: Any) -> Any:
-        with replaced(owner, "AdaptiveVerificationManager", make):
+        with replaced(owner, "AdaptiveVerificationManager", partial(partial, make)):
             try:
-                return create(**kwargs)
+                served = create(**kwargs)
             except ValueError as error:
-                refused(error)
+                reason, _, _ = str(error).partition(VLLM_ADVICE)
+                refused(reason)
                 return None
+        return served and served()
 
     return replaced(
         model_runner, "maybe_create_adaptive_verification_manager", maybe_create_adaptive_verification_manager

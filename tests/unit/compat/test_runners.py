@@ -88,18 +88,56 @@ def test_the_speculator_is_made_from_the_config_and_the_device() -> None:
 def test_the_manager_is_made_by_ours_and_one_that_cannot_be_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def create(*, asked: str) -> Any:
         if asked == "unsupported":
-            raise ValueError("FLEX_ATTENTION allows none")
-        return owner.AdaptiveVerificationManager(asked)
+            raise ValueError("FLEX_ATTENTION allows none. Pass enable_adaptive_verification=false in the config.")
+        return owner.AdaptiveVerificationManager(asked) if asked != "none" else None
+
+    def ours(asked: str) -> str:
+        if asked == "broken":
+            raise ValueError("wrong")
+        return f"ours: {asked}"
 
     monkeypatch.setattr(v2_model_runner, "maybe_create_adaptive_verification_manager", create)
     refused: list[str] = []
     stock = owner.AdaptiveVerificationManager
-    with adaptive_verification(lambda asked: f"ours: {asked}", lambda error: refused.append(str(error))):
+    with adaptive_verification(ours, refused.append):
         make = v2_model_runner.maybe_create_adaptive_verification_manager
         assert make(asked="all") == "ours: all"
+        assert make(asked="none") is None
         assert make(asked="unsupported") is None
+        with pytest.raises(ValueError, match="wrong"):
+            make(asked="broken")
         assert owner.AdaptiveVerificationManager is stock
     assert refused == ["FLEX_ATTENTION allows none"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "unserved", "reason"),
+    [
+        ("get_query_lens_mismatch_unsupported_backend", "FLEX", "the FLEX attention backend does not support"),
+        ("get_varlen_cudagraph_unsupported_backend", ("FLEX", None), "but FLEX allows none"),
+    ],
+)
+def test_of_what_vllm_says_about_a_backend_the_reason_is_kept_without_its_advice(
+    monkeypatch: pytest.MonkeyPatch, asked: str, unserved: Any, reason: str
+) -> None:
+    for function in ("get_query_lens_mismatch_unsupported_backend", "get_varlen_cudagraph_unsupported_backend"):
+        monkeypatch.setattr(owner, function, lambda *args, **kwargs: None)
+    monkeypatch.setattr(owner, asked, lambda *args, **kwargs: unserved)
+    refused: list[str] = []
+    with adaptive_verification(Runner, refused.append):
+        made = v2_model_runner.maybe_create_adaptive_verification_manager(
+            enable_adaptive_verification=True,
+            attn_groups=[],
+            req_states=SimpleNamespace(num_speculative_steps=3),
+            query_start_loc=torch.zeros(1),
+            num_bonus_tokens=1,
+            max_total_logits=1,
+            vllm_config=SimpleNamespace(),
+        )
+    assert made is None
+    [said] = refused
+    assert said.startswith("Adaptive verification ")
+    assert said.endswith(reason)
 
 
 def test_what_stands_without_an_engine_is_of_vllm() -> None:

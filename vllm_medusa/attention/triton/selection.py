@@ -29,16 +29,11 @@ def tree_attention_selected() -> AbstractContextManager[None]:
     )
 
 
-def check_lengths(groups: Iterable[AttentionGroup]) -> None:
-    """Refuse layers that may need to know on the host how many rows each request has.
+def fixes_lengths(groups: Iterable[AttentionGroup]) -> str | None:
+    """Return the name of a backend that may need to know on the host how many rows each request has; None for none.
 
     vLLM's other backends ask the speculative config whether they must not, and it does not say so under Medusa.
-
-    Raises:
-        ValueError: naming the backend.
-
     """
-    for group in groups:
-        builder = group.get_metadata_builder()
-        if not isinstance(builder, FlashAttentionMetadataBuilder | TritonAttentionMetadataBuilder):
-            raise ValueError(f"a budget is served by FlashAttention and Triton, not by {group.backend.__qualname__}")
+    served = FlashAttentionMetadataBuilder | TritonAttentionMetadataBuilder
+    others = (group for group in groups if not isinstance(group.get_metadata_builder(), served))
+    return next((group.backend.__qualname__ for group in others), None)

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, prepare_backends, tree_builders
-from vllm_medusa.attention.triton.selection import check_lengths, tree_attention_selected
+from vllm_medusa.attention.triton.selection import fixes_lengths, tree_attention_selected
 from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.compat.runners import adaptive_verification, speculator
 from vllm_medusa.config import MedusaSpeculativeConfig, medusa_config
@@ -273,14 +273,15 @@ class MedusaModelRunner(GPUModelRunner):
         self.speculator.asked = budget is None or budget.asks_heads(input_batch.num_reqs)
         return sampled
 
-    def _make_budget(self, *args: Any, **kwargs: Any) -> BudgetManager:
+    def _make_budget(self, *args: Any, **kwargs: Any) -> BudgetManager | None:
         """Make the budget from what vLLM's manager is made from."""
-        check_lengths(self._groups())
+        if backend := fixes_lengths(self._groups()):
+            self._refuse_budget(f"FlashAttention and Triton serve one, and {backend} does not")
+            return None
         return BudgetManager(*args, budget=self._options.medusa_budget, room=self._room, **kwargs)
 
-    def _refuse_budget(self, error: ValueError) -> None:
-        """Do without a budget, because of what vLLM says."""
-        reason, _, _ = str(error).partition(". Pass")
+    def _refuse_budget(self, reason: str) -> None:
+        """Do without a budget."""
         _without_budget(self._options, reason)
         self.speculator.enable_adaptive_verification, self.speculator.correction = False, None
 

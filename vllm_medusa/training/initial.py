@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,13 +41,14 @@ class InitialHeads:
     def copy_to(self, heads: TrainableHeads) -> None:
         """Copy the weights into a run's heads.
 
-        The draft vocabulary may be another one where the LM head is the target's: its rows are not trained.
+        The draft vocabulary may be another one where the LM head is the target's: its rows are not trained. Layers
+        without biases go on as what they are: layers whose biases are zero.
 
         Raises:
             ValueError: the run's heads have other sizes.
 
         """
-        wanted, has = asdict(heads.spec), asdict(self.spec)
+        wanted, has = (asdict(replace(spec, fc_bias=True)) for spec in (heads.spec, self.spec))
         copied = self.state
         if heads.spec.shared_lm_head and self.spec.shared_lm_head:
             del wanted["draft_vocab_size"], has["draft_vocab_size"]

@@ -161,7 +161,17 @@ def choose_vocabulary(
     held_out: datasets.Dataset,
     vocab_size: int,
 ) -> tuple[DraftVocabulary | None, Coverage | None]:
-    """Return the draft vocabulary and how much of the text it covers; None if all tokens can be drafted."""
+    """Return the draft vocabulary and how much of the text it covers; None if all tokens can be drafted.
+
+    Raises:
+        ValueError: another vocabulary is asked for than that of heads whose LM heads have learnt theirs.
+
+    """
+    if initial is not None and config.draft_vocab is not None and not initial.spec.shared_lm_head:
+        raise ValueError(
+            f"draft_vocab must be left out with initial_heads {str(initial.directory)!r}, got {config.draft_vocab}: "
+            "they have LM heads of their own, which have learnt the tokens that they have"
+        )
     vocabulary = None if initial is None or config.draft_vocab is not None else initial.vocabulary
     if vocabulary is None and config.draft_vocab is None:
         return None, None

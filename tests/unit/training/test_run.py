@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tests.unit.tiny_targets import VOCABULARY, build, counting
 from vllm_medusa.checkpoint.conversion import Layout, convert
-from vllm_medusa.checkpoint.format import read_spec, read_state
+from vllm_medusa.checkpoint.format import read_spec, read_state, write_heads
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
@@ -197,12 +198,28 @@ def test_initial_heads_that_share_the_targets_lm_head_may_get_another_draft_voca
     torch.testing.assert_close(again["blocks.0.layers.0.weight"], state["blocks.0.layers.0.weight"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"), [({"num_layers": 2}, "num_layers"), ({"draft_vocab": 9}, "draft_vocab_size")]
-)
+@pytest.mark.parametrize(("changes", "name"), [({"num_layers": 2}, "num_layers"), ({"num_heads": 3}, "num_heads")])
 def test_initial_heads_of_other_sizes_are_refused(settings, changes, name, tmp_path):
     first = run(medusa1(settings, draft_vocab=10))
     more = settings | {"output": tmp_path / "more", "initial_heads": first.heads}
     with pytest.raises(ValueError, match=rf"initial_heads '.*/heads' has {name} \d+, the run \d+; give the run the"):
-        run(medusa1(more, **changes))
+        run(medusa1(more | changes))
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize("size", [9, 10])
+def test_initial_heads_with_their_own_lm_heads_keep_their_draft_vocabulary(settings, size, tmp_path):
+    first = run(medusa1(settings, draft_vocab=10))
+    more = settings | {"output": tmp_path / "more", "initial_heads": first.heads}
+    with pytest.raises(ValueError, match=rf"draft_vocab must be left out with initial_heads '.*/heads', got {size}"):
+        run(medusa1(more, draft_vocab=size))
+    assert not (tmp_path / "more").exists()
+
+
+def test_initial_heads_without_biases_go_on_with_biases_of_zero(settings, tmp_path):
+    first = run(medusa1(settings))
+    state = {name: each for name, each in read_state(first.heads).items() if not name.endswith(".bias")}
+    without = write_heads(tmp_path / "heads", replace(read_spec(first.heads), fc_bias=False), state)
+    more = settings | {"output": tmp_path / "more", "initial_heads": without}
+    for name, tensor in read_state(run(medusa1(more, learning_rate=1e-12)).heads).items():
+        torch.testing.assert_close(tensor, state.get(name, torch.zeros_like(tensor)), msg=name)

@@ -62,7 +62,13 @@ class Conversion:
 
 
 def convert(
-    source: Path, output: Path, layout: Layout, target: Path | None = None, base_model: str | None = None
+    source: Path,
+    output: Path,
+    layout: Layout,
+    target: Path | None = None,
+    base_model: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Conversion:
     """Convert a checkpoint; tensors keep their values and dtypes, and the config keeps its entries other than sizes.
 
@@ -75,6 +81,7 @@ def convert(
         layout: the layout to write.
         target: the heads' target model. Sizes are checked against it. Heads without LM heads get the target's.
         base_model: the target's name for the heads' config, if the config has none yet; default: ``target``'s path.
+        trust_remote_code: whether code in the target's directory may run.
 
     Raises:
         ValueError: the layout is unknown, tensors are missing or do not fit the target, ``output`` is not empty, or
@@ -94,9 +101,10 @@ def convert(
             config = _heads_entries(config) | {BASE_MODEL: str(output / TARGET_DIRECTORY)}
         elif target is not None:
             config = {BASE_MODEL: base_model or str(target)} | config
-        heads = read_published(weights, config, None if target is None else partial(read_lm_head, target))
+        lm_head = None if target is None else partial(read_lm_head, target, trust_remote_code=trust_remote_code)
+        heads = read_published(weights, config, lm_head)
         if target is not None:
-            check_sizes(heads.spec, target)
+            check_sizes(heads.spec, target, trust_remote_code=trust_remote_code)
         _write(temporary / HEADS_DIRECTORY if whole_model else temporary, heads, layout)
     return Conversion(
         heads=output / HEADS_DIRECTORY if whole_model else output,

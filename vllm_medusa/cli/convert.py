@@ -26,6 +26,9 @@ def convert(
         str | None,
         typer.Option(help="The heads' target: sizes are checked against it, and heads without LM heads get its."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the target's repository.")
+    ] = False,
 ) -> None:
     """Convert published heads to the layout of vLLM, or back.
 
@@ -44,6 +47,7 @@ def convert(
                 Layout(to),
                 target=None if target is None else local_directory(target),
                 base_model=target,
+                trust_remote_code=trust_remote_code,
             )
     typer.echo(_describe(done))
     if to == "served":

@@ -47,6 +47,9 @@ def evaluate(
     write: Annotated[
         bool, typer.Option("--write", help="Write tree, accuracies and temperatures into the heads' config.json.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the target's repository.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG file for the plot.")] = None,
 ) -> None:
@@ -73,9 +76,11 @@ def evaluate(
         bad_lines = BadLines.from_flag(skip_bad)
         sources = Sources(tuple(prompts or ()), tuple(data or ()), style, bad_lines, new_tokens, max_length)
         directory = local_directory(model)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        target = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map="auto").eval()
-        loaded_heads = load_heads(heads, directory, target)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        target = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, device_map="auto", trust_remote_code=trust_remote_code
+        ).eval()
+        loaded_heads = load_heads(heads, directory, target, trust_remote_code=trust_remote_code)
         num_heads = loaded_heads.spec.num_heads
         most = min(MAX_NODES, available_nodes(num_heads, ranks))
         if nodes is not None and nodes > most:

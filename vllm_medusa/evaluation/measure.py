@@ -65,8 +65,16 @@ class Evaluation:
         return torch.tensor(self.accuracies, dtype=torch.float64).cumsum(dim=1).tolist()
 
 
-def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel) -> TrainableHeads:
+def load_heads(
+    directory: Path, target_directory: Path, target: PreTrainedModel, *, trust_remote_code: bool = False
+) -> TrainableHeads:
     """Load heads in the layout that vLLM serves, in the dtype and on the device of the target's LM head.
+
+    Args:
+        directory: the heads' directory.
+        target_directory: the target's.
+        target: the target.
+        trust_remote_code: whether code in the target's directory may run.
 
     Raises:
         ValueError: the heads do not fit the target, or their layout is another.
@@ -76,7 +84,7 @@ def load_heads(directory: Path, target_directory: Path, target: PreTrainedModel)
     if not directory.is_dir():
         raise ValueError(f"there is no directory {directory} of heads; give the one that training or convert wrote")
     spec = read_spec(directory)
-    check_sizes(spec, target_directory)
+    check_sizes(spec, target_directory, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         token_map = None if spec.draft_vocab_size is None else torch.empty(spec.draft_vocab_size, dtype=torch.int64)
         heads = TrainableHeads(spec, torch.empty(spec.vocab_size, spec.hidden_size), token_map)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.unit.own_code import with_code_of_its_own
 from tests.unit.published import write_medusa2, write_original, write_target
 from vllm_medusa.cli import app
 
@@ -55,3 +56,17 @@ def test_an_error_is_one_line_and_exits_with_2(tmp_path: Path, arguments: tuple[
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "output").exists()
+
+
+def test_code_of_the_target_runs_if_it_is_trusted_and_not_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_original(tmp_path / "original", with_lm_heads=False)
+    write_target(tmp_path / "target")
+    with_code_of_its_own(tmp_path / "target", monkeypatch)
+    arguments = [tmp_path / "original", tmp_path / "served", "--target", tmp_path / "target"]
+    refused = convert(*arguments)
+    assert refused.exit_code == 2
+    assert "custom code" in refused.stderr
+    trusting = convert(*arguments, "--trust-remote-code")
+    assert trusting.exit_code == 0, trusting.stderr

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.unit.evaluated import HEADS, PROMPTS, write_random_heads, write_target
+from tests.unit.own_code import with_code_of_its_own
 from vllm_medusa.cli import app
 
 
@@ -58,6 +59,18 @@ def test_the_target_may_be_loaded_in_another_dtype(models: Path) -> None:
     refused = evaluate(models, models / "heads", "--dtype", "int8")
     assert refused.exit_code == 2
     assert "'int8' is not one of" in refused.stderr
+
+
+def test_code_of_the_target_runs_if_it_is_trusted(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(models, tmp_path / "models")
+    with_code_of_its_own(copied / "target", monkeypatch)
+    refused = evaluate(copied, copied / "heads")
+    assert refused.exit_code == 2
+    assert "custom code" in refused.stderr
+    trusting = evaluate(copied, copied / "heads", "--trust-remote-code")
+    assert trusting.exit_code == 0, trusting.output
 
 
 def test_nothing_is_written_unasked(models: Path, tmp_path: Path) -> None:

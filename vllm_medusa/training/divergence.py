@@ -82,8 +82,8 @@ class _LinearDivergence(Function):
         total = states.new_zeros((), dtype=torch.float32)
         of_states = torch.empty_like(states) if wants_states else None
         of_lm_head = torch.zeros_like(lm_head) if wants_lm_head else None
-        # Factors of at most 1 stay within fp16's range.
-        scale = weights.max() if len(weights) else total
+        # Factors of at most 1 stay within fp16's range. Read once: it waits for the device.
+        scale = float(weights.max()) if wants_lm_head and len(weights) else 1.0
         with torch.autocast(states.device.type, enabled=False):
             matrix = lm_head.to(dtype)
             for start in range(0, len(states), chunk_size):
@@ -98,9 +98,9 @@ class _LinearDivergence(Function):
                 if of_lm_head is not None:
                     scaled = inputs * (factors / scale).to(dtype)
                     if dtype == lm_head.dtype:
-                        of_lm_head.addmm_(gradient.T, scaled, alpha=float(scale))
+                        of_lm_head.addmm_(gradient.T, scaled, alpha=scale)
                     else:
-                        of_lm_head.add_(gradient.T @ scaled, alpha=float(scale))
+                        of_lm_head.add_(gradient.T @ scaled, alpha=scale)
         ctx.save_for_backward(of_states, of_lm_head)
         return total
 

@@ -73,7 +73,10 @@ class StaticTree:
 
     def prefix(self, num_rows: int) -> StaticTree:
         """Return the tree of the first ``num_rows`` rows, the root counted."""
-        return self if num_rows >= len(self) else StaticTree(self.topology.prefix(num_rows), self.ranks[:num_rows])
+        if num_rows >= len(self):
+            return self
+        log_probs = None if self.log_probs is None else self.log_probs[: num_rows - 1]
+        return StaticTree(self.topology.prefix(num_rows), self.ranks[:num_rows], log_probs)
 
     @property
     def branches(self) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -75,6 +76,11 @@ def test_a_prefix_is_the_first_paths(choices: list[list[int]], data: st.DataObje
     prefix = tree.prefix(rows)
     assert prefix.choices == tree.choices[: rows - 1]
     assert prefix.ranks.shape == prefix.topology.parents.shape
+    assert prefix.log_probs is None
+    log_probs = torch.arange(tree.num_nodes, dtype=torch.float32)
+    judged = replace(tree, log_probs=log_probs).prefix(rows).log_probs
+    assert judged is not None
+    assert torch.equal(judged, log_probs[: rows - 1])
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         return self._tree_options.judge(self.tree)
 
     def __repr__(self) -> str:
+        tree = self.medusa_tree
+        shown = f"{len(tree)} nodes, {max(map(len, tree))} deep" if isinstance(tree, list) else tree
         return (
             f"MedusaSpeculativeConfig(model={self.draft_model_config.model!r}, "
-            f"num_heads={self.heads.num_heads}, medusa_tree={self.medusa_tree})"
+            f"num_heads={self.heads.num_heads}, medusa_tree=<{shown}>)"
         )
 
     def _build_tree(self) -> Tree:

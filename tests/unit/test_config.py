@@ -216,8 +216,11 @@ def test_the_configuration_survives_being_replaced(models: Models) -> None:
     assert (copied.revision, copied.medusa_top_k) == ("main", 3)
 
 
-def test_the_configuration_shows_what_matters(models: Models) -> None:
-    medusa = models.medusa({"medusa_tree": [2]})
+@pytest.mark.parametrize(
+    ("tree", "shown"), [([2, 2], "6 nodes, 2 deep"), ("chain", "4 nodes, 4 deep"), ("dynamic", "dynamic")]
+)
+def test_the_configuration_shows_what_matters_in_a_few_words(models: Models, tree: Any, shown: str) -> None:
+    medusa = models.medusa({"medusa_tree": tree})
     assert repr(medusa) == (
-        f"MedusaSpeculativeConfig(model={medusa.draft_model_config.model!r}, num_heads=4, medusa_tree=[[0], [1]])"
+        f"MedusaSpeculativeConfig(model={medusa.draft_model_config.model!r}, num_heads=4, medusa_tree=<{shown}>)"
     )

@@ -99,6 +99,13 @@ SIGNATURES: Final = {  # ", ...": versions may have further ones with defaults.
     f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build": BUILD,
     f"{TRITON_ATTENTION}:TritonAttentionMetadataBuilder.build_for_cudagraph_capture": "self, common_attn_metadata",
     f"{TRITON_ATTENTION}:TritonAttentionImpl.forward": FORWARD,
+    # Overridden: the logger of statistics.
+    "vllm.v1.metrics.loggers:StatLoggerBase.__init__": "self, vllm_config, engine_index",
+    "vllm.v1.metrics.loggers:StatLoggerBase.record": (
+        "self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx"
+    ),
+    "vllm.v1.metrics.loggers:StatLoggerBase.log": "self",
+    "vllm.v1.metrics.loggers:StatLoggerBase.log_engine_initialized": "self",
     # Overridden: structured output.
     f"{STRUCTURED_OUTPUT}.__init__": "self, vllm_config",
     f"{STRUCTURED_OUTPUT}.validate_tokens": "self, request, spec_tokens",
@@ -204,19 +211,25 @@ FIELDS: Final = {
         "method model num_speculative_tokens draft_tensor_parallel_size revision code_revision target_model_config "
         "target_parallel_config draft_model_config draft_parallel_config"
     ),
-    "vllm.config.model:ModelConfig": "enable_trace_replay rswa_window return_sampling_mask",
+    "vllm.config.model:ModelConfig": (
+        "model hf_config tokenizer tokenizer_mode trust_remote_code dtype seed max_model_len enforce_eager "
+        "served_model_name get_hidden_size get_vocab_size is_attention_free is_hybrid is_encoder_decoder runner_type "
+        "use_mla uses_mrope enable_trace_replay rswa_window return_sampling_mask"
+    ),
     "vllm.config.aux_output:AuxOutputConfig": "enabled",
     "vllm.engine.arg_utils:EngineArgs": (
         "speculative_config spec_method spec_model spec_tokens load_format disable_log_stats"
     ),
     "vllm.config.parallel:ParallelConfig": (
-        "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size use_ubatching"
+        "worker_cls pipeline_parallel_size tensor_parallel_size decode_context_parallel_size "
+        "prefill_context_parallel_size enable_batch_sharded_sampling use_ubatching"
     ),
     "vllm.config.attention:AttentionConfig": "flash_attn_max_num_splits_for_cuda_graph",
     "vllm.config.cache:CacheConfig": "cache_dtype kv_sharing_fast_prefill",
+    "vllm.config.scheduler:SchedulerConfig": "max_num_seqs max_num_batched_tokens",
     "vllm.config.vllm:VllmConfig": (
-        "speculative_config kv_transfer_config cache_config parallel_config compilation_config scheduler_config "
-        "uniform_decode_query_len lora_config aux_output_config"
+        "speculative_config model_config use_v2_model_runner kv_transfer_config cache_config parallel_config "
+        "compilation_config scheduler_config uniform_decode_query_len lora_config aux_output_config"
     ),
     "vllm.distributed.parallel_state:GroupCoordinator": "rank_in_group",
     "vllm.config.compilation:CompilationConfig": (
@@ -254,6 +267,9 @@ FIELDS: Final = {
     DRAFT_TOKENS_HANDLER: "draft_tokens_np num_draft_tokens",
     "vllm.v1.outputs:DraftTokenIds": "req_ids draft_token_ids",
     "vllm.v1.structured_output:ConstraintBounds": "grammar_start constraint_start",
+    "vllm.v1.metrics.stats:IterationStats": "inter_token_latencies_iter",
+    "vllm.v1.metrics.stats:SchedulerStats": "spec_decoding_stats",
+    "vllm.v1.spec_decode.metrics:SpecDecodingStats": "num_drafts num_draft_tokens num_accepted_tokens_per_pos",
     "vllm.v1.outputs:SamplerOutput": "sampled_token_ids logprobs_tensors",
     "vllm.v1.outputs:LogprobsTensors": "logprob_token_ids logprobs selected_token_ranks",
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "num_draft_tokens",

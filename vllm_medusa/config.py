@@ -11,8 +11,6 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_medusa.acceptance.contract import Acceptance
-from vllm_medusa.acceptance.exact import Exact
 from vllm_medusa.acceptance.typical import Typical
 from vllm_medusa.checkpoint.config import MODEL_TYPE, MedusaHeadsConfig
 from vllm_medusa.checkpoint.entries import paths_of
@@ -147,10 +145,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         """The heads' own configuration."""
         return self.draft_model_config.hf_config
 
-    def rule(self, name: AcceptanceName) -> Acceptance:
-        """Return the acceptance rule of this name."""
-        if name == "exact":
-            return Exact()
+    @property
+    def typical(self) -> Typical:
+        """The rule of requests that ask for typical acceptance."""
         return Typical(self.medusa_posterior_threshold, self.medusa_posterior_alpha)
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from vllm_medusa.acceptance.contract import Acceptance
 from vllm_medusa.config import AcceptanceName, MedusaSpeculativeConfig
 from vllm_medusa.messages import shortened
 
@@ -28,12 +27,12 @@ class RequestOptions:
     """What one request asks of Medusa.
 
     Attributes:
-        acceptance: the rule by which its drafted tokens are kept.
+        is_typical: whether drafted tokens are kept by ``MedusaSpeculativeConfig.typical`` too, not by draws alone.
         max_nodes: most nodes of its drafts, of which the first ones stay; 0 decodes plainly, None is no limit.
 
     """
 
-    acceptance: Acceptance
+    is_typical: bool
     max_nodes: int | None
 
     @classmethod
@@ -48,7 +47,7 @@ class RequestOptions:
 
         """
         if params is None:
-            return cls(engine.rule(engine.medusa_acceptance), None)
+            return cls(engine.medusa_acceptance == "typical", None)
         given: Mapping[str, Any] = params.extra_args or {}
         for name in given:
             if name.startswith(PREFIX) and name not in OPTIONS:
@@ -72,7 +71,7 @@ class RequestOptions:
                 f"thinking_token_budget is {params.thinking_token_budget}, which medusa_acceptance 'typical' cannot "
                 "count; leave it out, or give medusa_acceptance 'exact'"
             )
-        return cls(engine.rule(acceptance), max_nodes)
+        return cls(acceptance == "typical", max_nodes)
 
 
 def check_request(params: SamplingParams, engine: MedusaSpeculativeConfig) -> None:

@@ -15,10 +15,6 @@ class Acceptance(Protocol):
     sampler (see ``acceptance.typical.settle``). What no rule settles is exact.
     """
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether the rule keeps no such token, so that nobody need ask it."""
-
     def keeps(
         self,
         log_probs: torch.Tensor,  # [num_nodes], float32

@@ -20,20 +20,6 @@ Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``draw(row [num_reqs], walking [num_reqs] bool) -> token [num_reqs]``; tokens of stopped requests are ignored."""
 
 
-@dataclass(frozen=True)
-class Exact:
-    """The exact rule: a token is kept only where the target's sampler draws it."""
-
-    @property
-    def is_exact(self) -> bool:
-        """See ``Acceptance``."""
-        return True
-
-    def keeps(self, log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
-        """See ``Acceptance``: no token is kept without a draw."""
-        return torch.zeros_like(log_probs, dtype=torch.bool)
-
-
 @dataclass(frozen=True, eq=False)
 class Walk:
     """Where each request went.

@@ -38,11 +38,6 @@ class Typical:
     threshold: float
     alpha: float
 
-    @property
-    def is_exact(self) -> bool:
-        """See ``Acceptance``."""
-        return False
-
     def keeps(self, log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
         """See ``Acceptance``; a distribution that is not a number keeps nothing."""
         return log_probs > (_log(self.alpha) - entropies).clamp(max=_log(self.threshold))

@@ -295,9 +295,11 @@ FIELDS: Final = {
         "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected sampling_mask_tensors"
     ),
     "vllm.v1.worker.gpu.sample.sampler:Sampler": (
-        "logits_processors penalties_state thinking_budget_state sampling_states req_states compute_nans logprobs_mode "
+        "logits_processors thinking_budget_state sampling_states req_states compute_nans logprobs_mode "
         "logprob_token_ids_state return_sampling_mask"
     ),
+    "vllm.v1.worker.gpu.sample.bad_words:BadWordsState": "num_bad_words",
+    "vllm.v1.worker.gpu.sample.penalties:PenaltiesState": "use_penalty",
     f"{BUDGET}:AdaptiveVerificationManager": (
         "req_states num_speculative_steps cost_tables _batch_budget _stale_confidences _stale_idx _pending_resets"
     ),

@@ -48,7 +48,7 @@ class MedusaModelRunner(CPUModelRunner):
         self._drafts = WaitingDrafts(self.drafter.tree.num_nodes)
         self._max_depth = self.drafter.tree.depth
         self._options = options
-        self._rule = options.rule("typical")
+        self._rule = options.typical
         self._asking: set[str] = set()
         self._max_nodes: dict[str, int] = {}
         self._budget = StepBudget.of(vllm_config, self._max_depth)
@@ -91,7 +91,7 @@ class MedusaModelRunner(CPUModelRunner):
             self._max_nodes.pop(req_id, None)
         for request in scheduler_output.scheduled_new_reqs:
             options = RequestOptions.of(request.sampling_params, self._options)
-            if not options.acceptance.is_exact:
+            if options.is_typical:
                 self._asking.add(request.req_id)
             if options.max_nodes is not None:
                 self._max_nodes[request.req_id] = min(options.max_nodes, self.drafter.tree.num_nodes)

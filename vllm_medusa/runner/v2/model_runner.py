@@ -215,7 +215,7 @@ class MedusaModelRunner(GPUModelRunner):
             params = request.sampling_params
             slot = self.req_states.req_id_to_index[request.req_id]
             options = RequestOptions.of(params, self._options)
-            self._asks_rule[slot] = not options.acceptance.is_exact
+            self._asks_rule[slot] = options.is_typical
             most = self.speculator.proposer.tree.num_nodes
             self._max_nodes[slot] = most if options.max_nodes is None else min(options.max_nodes, most)
 

@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification with vLLM's own V2 sampler, in the place of V2's rejection sampler.
-
-V2's noise is keyed by seed and position, so a token drawn at a row of the tree is the one that plain decoding draws at
-that position. Where no request's logits depend on the path, all rows are drawn at once and the walk looks its draws up.
-Where one's do (penalties, bad words, thinking budgets, custom processors), each level is drawn by itself, with the path
-so far in the place where V2's processors look for a chain of drafts.
-"""
+"""Verification in the place of V2's rejection sampler: chunks of requests, and what is reported of their tokens."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +11,6 @@ from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
-from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput, SamplingMaskTensors
 from vllm.v1.worker.gpu.sample.sampler import Sampler
@@ -28,17 +20,30 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
     get_max_chunk_logits,
 )
 
-from vllm_medusa.acceptance.exact import Walk, walk
-from vllm_medusa.acceptance.typical import judge_nodes, settle
-from vllm_medusa.acceptance.walk_kernel import walk_drawn
+from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.config import MedusaSpeculativeConfig
+from vllm_medusa.runner.v2.walks import TreeWalker
 from vllm_medusa.step.trees import StepTrees
 
-Verified = tuple[Walk, LogprobsTensors | None, SamplingMaskTensors | None]
-"""Where requests went, with their tokens' log-probabilities and sampling masks where these are asked for."""
+
+@dataclass(frozen=True, eq=False)
+class Verified:
+    """What became of some requests.
+
+    Attributes:
+        accepted: where they went.
+        logprobs: their tokens' log-probabilities, where these are asked for.
+        masks: their tokens' sampling masks, where these are asked for.
+
+    """
+
+    accepted: Walk
+    logprobs: LogprobsTensors | None
+    masks: SamplingMaskTensors | None
 
 
-class Wanted(NamedTuple):
+@dataclass(frozen=True)
+class Wanted:
     """What a batch's requests ask for besides tokens.
 
     Attributes:
@@ -55,10 +60,9 @@ class TreeVerifier(RejectionSampler):
     """Takes the place of V2's rejection sampler: same call, but it walks the step's trees.
 
     Attributes:
-        max_rows: rows of the largest tree.
-        rule: the acceptance rule of requests that do not ask for the exact one.
         trees: the step's trees, set before each call.
-        asking: which of the step's requests ask for ``rule``, ``[num_reqs]``, bool, set before each call; None if none.
+        asking: which of the step's requests ask for typical acceptance, ``[num_reqs]``, bool, set before each call;
+            None if none.
         accepted: where the last call's walk went.
 
     """
@@ -72,8 +76,7 @@ class TreeVerifier(RejectionSampler):
         watermark_key: int | None = None,
     ) -> None:
         super().__init__(sampler, options, device, watermark_key=watermark_key)
-        self.max_rows = options.num_speculative_tokens + 1
-        self.rule = options.rule("typical")
+        self._walker = TreeWalker(sampler, options.typical, options.num_speculative_tokens + 1)
         self.asking: torch.Tensor | None = None
         self.trees: StepTrees | None = None
         self.accepted: Walk | None = None
@@ -92,21 +95,22 @@ class TreeVerifier(RejectionSampler):
             # Rows past what the grammar accepts carry masks of no meaning, so no draw may step to them.
             trees.tokens.masked_fill_(invalid_drafts, -1)
         nans = get_num_nans(logits) if self.sampler.compute_nans else None
-        self.accepted, logprobs, masks = self._verify(logits, input_batch, trees)
+        verified = self._verify(logits, input_batch, trees)
+        self.accepted = verified.accepted
         num_sampled, num_rejected = get_num_sampled_and_rejected(
-            self.accepted.lengths,
+            verified.accepted.lengths,
             input_batch.seq_lens,
             input_batch.cu_num_logits,
             input_batch.idx_mapping,
             self.sampler.req_states.prefill_len.gpu,
         )
         return SamplerOutput(
-            sampled_token_ids=self.accepted.tokens,
-            logprobs_tensors=logprobs,
+            sampled_token_ids=verified.accepted.tokens,
+            logprobs_tensors=verified.logprobs,
             num_nans=nans,
             num_sampled=num_sampled,
             num_rejected=num_rejected,
-            sampling_mask_tensors=masks,
+            sampling_mask_tensors=verified.masks,
         )
 
     def _verify(self, logits: torch.Tensor, input_batch: InputBatch, trees: StepTrees) -> Verified:
@@ -124,9 +128,7 @@ class TreeVerifier(RejectionSampler):
         # A budget that has cut the drafts leaves the requests' rows to the device, and no more of them than one chunk.
         if len(chunks) == 1 or len(logits) != first_row[-1]:
             return self._verify_chunk(logits, input_batch, trees, wanted, self.asking)
-        walks: list[Walk] = []
-        logprobs: list[LogprobsTensors] = []
-        masks: list[SamplingMaskTensors] = []
+        parts: list[Verified] = []
         for start, end in chunks:
             first, last = int(first_row[start]), int(first_row[end])
             chunk = replace(
@@ -137,20 +139,18 @@ class TreeVerifier(RejectionSampler):
                 expanded_local_pos=input_batch.expanded_local_pos[first:last],
                 seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound[start:end],
             )
-            accepted, chunk_logprobs, chunk_masks = self._verify_chunk(
+            part = self._verify_chunk(
                 logits[first:last],
                 chunk,
                 trees.part(start, end, first, last),
                 wanted,
                 self.asking[start:end] if self.asking is not None else None,
             )
-            walks.append(accepted.shifted(first))
-            if chunk_logprobs is not None:
-                logprobs.append(chunk_logprobs)
-            if chunk_masks is not None:
-                masks.append(chunk_masks)
-        return (
-            Walk.cat(walks),
+            parts.append(replace(part, accepted=part.accepted.shifted(first)))
+        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+        masks = [part.masks for part in parts if part.masks is not None]
+        return Verified(
+            Walk.cat([part.accepted for part in parts]),
             LogprobsTensors.cat(logprobs, _starts(input_batch.num_reqs, levels)) if logprobs else None,
             SamplingMaskTensors.cat(masks) if masks else None,
         )
@@ -162,7 +162,7 @@ class TreeVerifier(RejectionSampler):
             requests: the requests' slots.
             max_depth: the deepest tree's depth.
             vocab_size: logits of a row.
-            asking: whether some request asks for the rule.
+            asking: whether some request asks for typical acceptance.
 
         """
         levels = max_depth + 1
@@ -173,8 +173,8 @@ class TreeVerifier(RejectionSampler):
         """Return how many copies of its rows' logits a chunk takes."""
         if not asking:
             return 1
-        # A rule reads distributions, which take as much twice over, and of paths where logits depend on them.
-        return 3 * levels if self._depends_on_path(requests) else 3
+        # The rule reads distributions, which take as much twice over, and of paths where logits depend on them.
+        return 3 * levels if self._walker.depends_on_path(requests) else 3
 
     def _verify_chunk(
         self,
@@ -187,14 +187,7 @@ class TreeVerifier(RejectionSampler):
         sampler = self.sampler
         scores_processed = wanted.logprobs_dims is not None and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
         needs_processed = scores_processed or wanted.max_num_kept is not None
-        depends_on_path = self._depends_on_path(input_batch.idx_mapping_np)
-        settled = None
-        if asking is not None:
-            settled = self._settled(logits, input_batch, trees, asking, depends_on_path)
-        if depends_on_path:
-            accepted, processed = self._walk_by_level(logits, input_batch, trees, settled, needs_processed)
-        else:
-            accepted, processed = self._walk_at_once(logits, input_batch, trees, settled, needs_processed)
+        accepted, processed = self._walker.walk(logits, input_batch, trees, asking, needs_processed)
         logprobs = masks = None
         num_reqs, levels = accepted.rows.shape
         if wanted.logprobs_dims is not None:
@@ -217,146 +210,7 @@ class TreeVerifier(RejectionSampler):
                 wanted.max_num_kept,
                 levels,
             )
-        return accepted, logprobs, masks
-
-    def _depends_on_path(self, requests: np.ndarray) -> bool:
-        """Whether some of the requests in these slots have logits that depend on the tokens from the root to a row."""
-        sampler = self.sampler
-        for processor in sampler.logits_processors:
-            match processor:
-                case LogitBiasState():
-                    continue
-                case _ if processor is sampler.penalties_state:
-                    active = processor.use_penalty[requests].any()
-                case _ if hasattr(processor, "num_bad_words"):
-                    active = processor.num_bad_words.np[requests].any()
-                case _:
-                    active = True
-            if active:
-                return True
-        budget = sampler.thinking_budget_state
-        return bool(budget.enabled and budget.use_thinking_budget[requests].any())
-
-    def _settled(
-        self,
-        logits: torch.Tensor,
-        input_batch: InputBatch,
-        trees: StepTrees,
-        asking: torch.Tensor,  # [num_reqs], bool
-        depends_on_path: bool,
-    ) -> torch.Tensor:  # [num_rows], int64: ``acceptance.typical.settle``
-        """Let the rule settle tokens of the requests that ask for it."""
-        row = torch.arange(logits.shape[0], device=logits.device)
-        rows, local_positions = row, input_batch.expanded_local_pos
-        if depends_on_path:
-            # Each row at the end of a chain of its own, as V2's processors expect it: the path to it.
-            paths = trees.paths()
-            levels = paths.shape[1]
-            rows = paths.flatten()
-            local_positions = torch.arange(levels, dtype=torch.int32, device=row.device).repeat(len(row))
-        processed = self.sampler.apply_sampling_params(
-            logits[rows] if depends_on_path else logits,
-            input_batch.expanded_idx_mapping[rows],
-            input_batch.idx_mapping,
-            input_batch.idx_mapping_np,
-            trees.positions[rows],
-            trees.tokens[rows],
-            local_positions,
-            input_batch.seq_lens_cpu_upper_bound.numpy(),
-        )
-        if depends_on_path:
-            processed = processed[row * paths.shape[1] + trees.depths[trees.logits_indices]]
-        log_probs, entropies = judge_nodes(trees, processed)
-        request = torch.searchsorted(trees.cu_num_rows.long(), row, right=True) - 1
-        # A draft behind a prompt is one that the scheduler has made up: its tokens are what an earlier request left.
-        slots = input_batch.idx_mapping
-        drafted = trees.root_positions[: len(slots)] >= self.sampler.req_states.prefill_len.gpu[slots]
-        kept = self.rule.keeps(log_probs, entropies) & (asking & drafted)[request]
-        return settle(trees, kept, log_probs)
-
-    def _walk_at_once(
-        self,
-        logits: torch.Tensor,
-        input_batch: InputBatch,
-        trees: StepTrees,
-        settled: torch.Tensor | None,
-        needs_processed: bool,
-    ) -> tuple[Walk, torch.Tensor | None]:
-        """Draw at all rows, then walk.
-
-        Returns:
-            The walk, and if needed the processed logits ``[requests * levels, vocab_size]`` of the rows on the way.
-
-        """
-        drawn, processed = self._sample(
-            logits,
-            input_batch,
-            trees.positions,
-            # Only what depends on the path reads tokens.
-            trees.tokens,
-            input_batch.expanded_idx_mapping,
-            input_batch.expanded_local_pos,
-            needs_processed,
-        )
-        if settled is not None:
-            drawn = torch.where(settled >= 0, settled, drawn)
-        accepted = walk_drawn(trees, drawn, self.max_rows)
-        return accepted, processed[accepted.rows.clamp(min=0).flatten()] if needs_processed else None
-
-    def _walk_by_level(
-        self,
-        logits: torch.Tensor,
-        input_batch: InputBatch,
-        trees: StepTrees,
-        settled: torch.Tensor | None,
-        needs_processed: bool,
-    ) -> tuple[Walk, torch.Tensor | None]:
-        """Draw at one level's rows, with the path to them, then step to the next level's (see ``_walk_at_once``)."""
-        path: list[torch.Tensor] = []
-        kept: list[torch.Tensor] = []
-
-        def draw(row: torch.Tensor, walking: torch.Tensor) -> torch.Tensor:
-            path.append(row)
-            levels, requests = len(path), len(row)
-            rows = torch.stack(path, dim=1).flatten()
-            drawn, processed = self._sample(
-                logits[rows],
-                input_batch,
-                trees.positions[rows],
-                input_batch.input_ids[trees.logits_indices[rows]],
-                input_batch.idx_mapping.repeat_interleave(levels),
-                torch.arange(levels, dtype=torch.int32, device=rows.device).repeat(requests),
-                needs_processed,
-            )
-            if needs_processed:
-                kept.append(processed.view(requests, levels, -1)[:, -1].clone())
-            drawn = drawn.view(requests, levels)[:, -1]
-            return drawn if settled is None else torch.where(settled[row] >= 0, settled[row], drawn)
-
-        accepted = walk(trees, draw, may_wait=False)
-        return accepted, torch.stack(kept, dim=1).flatten(0, 1) if needs_processed else None
-
-    def _sample(
-        self,
-        logits: torch.Tensor,  # [rows, vocab_size]
-        input_batch: InputBatch,
-        positions: torch.Tensor,  # [rows], int64
-        tokens: torch.Tensor,  # [rows], int
-        request: torch.Tensor,  # [rows]: V2's expanded_idx_mapping
-        local_position: torch.Tensor,  # [rows]: V2's expanded_local_pos
-        needs_processed: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # [rows], int64; [rows, vocab_size]
-        return self.sampler.sample(
-            logits,
-            request,
-            input_batch.idx_mapping,
-            input_batch.idx_mapping_np,
-            positions,
-            tokens,
-            local_position,
-            input_batch.seq_lens_cpu_upper_bound.numpy(),
-            return_logprobs=needs_processed,
-        )
+        return Verified(accepted, logprobs, masks)
 
 
 def _starts(num_reqs: int, levels: int) -> list[int]:

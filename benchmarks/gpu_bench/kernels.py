@@ -107,12 +107,12 @@ class _Step:
         row = torch.arange(total, device=device)
         buffers = StepTrees.allocate(rows - 1, requests, total, device)
         parents = tree.parents[None, 1:].repeat(requests, 1).to(device)
-        slots = torch.arange(requests, device=device)
+        states = torch.arange(requests, device=device)
         # Each call moves the positions further, which takes as long wherever they are.
         ids, positions = row.int(), torch.zeros_like(row)
         self.derive: Callable[[], StepTrees] = lambda: derive_trees_on_device(
             parents=parents,
-            idx_mapping=slots,
+            idx_mapping=states,
             query_start_loc=starts,
             cu_num_rows=starts,
             logits_indices=row,

@@ -72,7 +72,7 @@ def test_replayed_proposals_are_those_of_the_heads(
         assert num_replays(graphs)[2] > 3
 
 
-def test_a_replayed_proposal_waits_in_the_slots_of_its_requests(tiny_target: Path, tiny_heads: Path) -> None:
+def test_a_replayed_proposal_waits_in_the_states_of_its_requests(tiny_target: Path, tiny_heads: Path) -> None:
     with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm, recorded_graphs():
         runner = model_runner(llm)
         graphs, speculator = capture(runner), runner.speculator
@@ -83,7 +83,7 @@ def test_a_replayed_proposal_waits_in_the_slots_of_its_requests(tiny_target: Pat
         tokens = speculator.propose(*arguments)
         drafts = speculator.proposer.propose(hidden.flip(0), roots)
         assert torch.equal(tokens, drafts.tokens)
-        assert torch.equal(speculator.drafts.by_slot[:2], drafts.parents.flip(0))
+        assert torch.equal(speculator.drafts.by_state[:2], drafts.parents.flip(0))
         assert num_replays(graphs) == [0, 1, 0]
 
 

@@ -14,11 +14,11 @@ from vllm_medusa.tree.topology import DraftTree
 
 
 def check(step: Step, seed: int = 0) -> None:
-    """Derive a step's trees both ways, in slots and buffers that hold other things, and compare all that is defined."""
+    """Derive a step's trees both ways, in states and buffers that hold others, and compare all that is defined."""
     num_reqs, generator = len(step.requests), torch.Generator().manual_seed(seed)
-    slots = torch.randperm(num_reqs + 3, generator=generator)[:num_reqs]
+    states = torch.randperm(num_reqs + 3, generator=generator)[:num_reqs]
     parents = torch.zeros(num_reqs + 3, step.num_nodes, dtype=torch.int64)
-    parents[slots] = step.draft_parents
+    parents[states] = step.draft_parents
     ids = torch.where(torch.rand(len(step.input_ids), generator=generator) < 0.2, -1, step.input_ids)
     expected_ids, expected_positions = ids.clone(), step.positions
     expected = step.derive(expected_ids, expected_positions)
@@ -28,7 +28,7 @@ def check(step: Step, seed: int = 0) -> None:
         buffer.random_(generator=generator)
     found = derive_trees_on_device(
         parents,
-        slots,
+        states,
         step.query_start_loc.int(),
         step.cu_num_rows.int(),
         step.logits_indices,

@@ -24,13 +24,13 @@ class DeviceCorrection:
     Args:
         max_depth: the deepest node's depth.
         num_nodes: nodes of the largest draft.
-        max_num_reqs: slots of requests.
+        max_num_reqs: requests that the states hold.
         device: where the drafts are.
 
     Attributes:
         expected: ``[max_depth + 1]``, float32: accepted nodes of each depth that the heads expected, those of late.
         accepted: ``[max_depth + 1]``, float32: those that were.
-        said: ``[max_num_reqs, num_nodes]``, float32: the uncorrected probabilities of each slot's waiting draft.
+        said: ``[max_num_reqs, num_nodes]``, float32: uncorrected probabilities of waiting drafts, by state index.
 
     """
 
@@ -53,7 +53,7 @@ class DeviceCorrection:
 
         Args:
             drafts: with their ``log_probs``.
-            idx_mapping: each draft's slot, where what the heads said is kept for ``observe``.
+            idx_mapping: each draft's state index, where what the heads said is kept for ``observe``.
             confidences: where they go.
 
         """
@@ -103,10 +103,10 @@ class DeviceCorrection:
         Args:
             trees: the step's trees.
             lengths: ``Walk.lengths``.
-            idx_mapping: each request's slot.
-            expanded_idx_mapping: each row's slot.
+            idx_mapping: each request's state index.
+            expanded_idx_mapping: each row's state index.
             local_positions: each row's place in its tree, 0 for roots.
-            prefill_len: tokens that each slot's request had when it came.
+            prefill_len: tokens that each request had when it came, by state index.
 
         """
         _observe_kernel[(self._max_depth,)](
@@ -189,8 +189,8 @@ def _rate_kernel(
     confidence = tl.where(before > 0, tl.minimum(own, before) / tl.where(before > 0, before, 1.0), 0.0)
     tl.store(confidences_ptr + request * num_nodes + node, confidence, mask=node < num_nodes)
     said = tl.exp(tl.load(log_probs + node, mask=node < length, other=float("-inf")))
-    slot = tl.load(idx_mapping_ptr + request)
-    tl.store(said_ptr + slot * num_nodes + node, said, mask=node < num_nodes)
+    state = tl.load(idx_mapping_ptr + request)
+    tl.store(said_ptr + state * num_nodes + node, said, mask=node < num_nodes)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "num_rows", "said_stride"])
@@ -219,21 +219,21 @@ def _observe_kernel(
     for start in tl.range(0, num_rows, block):
         row = start + tl.arange(0, block)
         is_row = row < num_rows
-        slot = tl.load(expanded_idx_mapping_ptr + row, mask=is_row, other=0).to(tl.int64)
+        state = tl.load(expanded_idx_mapping_ptr + row, mask=is_row, other=0).to(tl.int64)
         node = tl.load(local_positions_ptr + row, mask=is_row, other=0) - 1
         token = tl.load(logits_indices_ptr + row, mask=is_row, other=0).to(tl.int64)
         row_depth = tl.load(depths_ptr + token, mask=is_row, other=0)
         root = tl.load(positions_ptr + row, mask=is_row, other=0) - row_depth
-        is_drafted = root >= tl.load(prefill_len_ptr + slot, mask=is_row, other=0)
+        is_drafted = root >= tl.load(prefill_len_ptr + state, mask=is_row, other=0)
         counts = is_row & (node >= 0) & (row_depth == depth) & is_drafted
-        expected += tl.load(said_ptr + slot * said_stride + node, mask=counts, other=0.0)
+        expected += tl.load(said_ptr + state * said_stride + node, mask=counts, other=0.0)
     accepted = tl.zeros([block], tl.float32)
     for start in tl.range(0, num_reqs, block):
         request = start + tl.arange(0, block)
         is_request = request < num_reqs
-        slot = tl.load(idx_mapping_ptr + request, mask=is_request, other=0)
+        state = tl.load(idx_mapping_ptr + request, mask=is_request, other=0)
         root = tl.load(root_positions_ptr + request, mask=is_request, other=0)
-        is_drafted = root >= tl.load(prefill_len_ptr + slot, mask=is_request, other=0)
+        is_drafted = root >= tl.load(prefill_len_ptr + state, mask=is_request, other=0)
         length = tl.load(lengths_ptr + request, mask=is_request, other=0)
         accepted += (is_request & is_drafted & (length > depth)).to(tl.float32)
     tl.store(expected_ptr + depth, tl.load(expected_ptr + depth) * decay + tl.sum(expected, axis=0))

@@ -30,8 +30,8 @@ def derive_trees_on_device(
     """Do what ``derive_trees`` does, without waiting for the device.
 
     Args:
-        parents: ``Drafts.parents``, by slot.
-        idx_mapping: each request's slot.
+        parents: ``Drafts.parents``, by state index.
+        idx_mapping: each request's state index, its row in ``parents``.
         query_start_loc: each request's first token; of a causal request, only that one gets ``CAUSAL``.
         cu_num_rows: as for ``derive_trees``.
         logits_indices: as for ``derive_trees``.

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from vllm_medusa.runner.v1.drafts import WaitingDrafts as WaitingById
-from vllm_medusa.runner.v2.drafts import WaitingDrafts as WaitingBySlot
+from vllm_medusa.runner.v2.drafts import WaitingDrafts as WaitingByState
 from vllm_medusa.structured_output.tokens import TreeTokens
 from vllm_medusa.tree.drafts import Drafts
 
@@ -39,8 +39,8 @@ def test_v1_verifies_what_a_grammar_has_left_of_a_draft_and_knows_which_nodes_th
     assert waiting.drafted_nodes(["a", "b"], request, node).tolist() == node.tolist()
 
 
-def test_v2_keeps_the_last_tree_of_each_slot() -> None:
-    waiting = WaitingBySlot(num_nodes=3, max_num_reqs=4, device=torch.device("cpu"))
+def test_v2_keeps_the_last_tree_of_each_state() -> None:
+    waiting = WaitingByState(num_nodes=3, max_num_reqs=4, device=torch.device("cpu"))
     waiting.keep(torch.tensor([3, 1]), drafts([0, 0, 0], [0, 0, 1]))
     waiting.keep(torch.tensor([1]), drafts([0, 1, 1]))
-    assert waiting.by_slot.tolist() == [ANY, [0, 1, 1], ANY, [0, 0, 0]]
+    assert waiting.by_state.tolist() == [ANY, [0, 1, 1], ANY, [0, 0, 0]]

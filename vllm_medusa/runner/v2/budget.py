@@ -33,7 +33,7 @@ class BudgetManager(AdaptiveVerificationManager):
 
     Args:
         budget: ``medusa_budget``: "auto", or the most nodes of all requests in a step.
-        room: most nodes that a step of requests in these slots may verify; what exceeds it is cut.
+        room: most nodes that a step of these requests, by state index, may verify; what exceeds it is cut.
 
     """
 
@@ -62,17 +62,17 @@ class BudgetManager(AdaptiveVerificationManager):
         assert self._batch_budget is not None
         drafts, others, chosen = self._batch_budget
         num_drafts = np.fromiter(drafts.values(), dtype=np.int64)
-        slots = np.fromiter(map(self.req_states.req_id_to_index.__getitem__, drafts), dtype=np.int64)
+        state_indices = np.fromiter(map(self.req_states.req_id_to_index.__getitem__, drafts), dtype=np.int64)
         base = total - chosen
         budget = chosen if self.most is None else min(self.most, int(num_drafts.sum()))
-        budget = min(budget, max(self._room(slots), 0))
+        budget = min(budget, max(self._room(state_indices), 0))
         if self.most is None and len(self._asked) == LAG and self._asked[0]:
-            confidences = self._stale_confidences[self._stale_idx].np[slots]
+            confidences = self._stale_confidences[self._stale_idx].np[state_indices]
             self._typical += TYPICAL_RATE * (confidences.mean(axis=0) - self._typical)
             # A step that computes prompts says little of what verification gives.
-            if base == len(slots) and not self._pays(confidences, num_drafts, budget):
+            if base == len(state_indices) and not self._pays(confidences, num_drafts, budget):
                 budget = 0
-            self._pauses.saw(len(slots), verified=budget > 0)
+            self._pauses.saw(len(state_indices), verified=budget > 0)
         self._batch_budget = drafts, others, budget
         return base + budget
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parents of drafts that wait for their verification: by slot, on the device, and for grammars on the host."""
+"""The parents of drafts that wait for their verification: on the device, and for grammars on the host."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from vllm_medusa.tree.drafts import Drafts
 class WaitingDrafts:
     """Keeps each request's tree from the step that drafts it to the one that verifies it.
 
-    The tokens wait in V2's own ``req_states.draft_tokens``. A slot is a request's row in V2's states. The scheduler
-    makes up drafts for some new requests, for which any tree will do, such as that of the slot's last request.
+    The tokens wait in V2's own ``req_states.draft_tokens``. A request's state index is its row in V2's states. The
+    scheduler makes up drafts for some new requests, for which any tree will do, such as that of the row's last request.
 
     Attributes:
-        by_slot: ``[max_num_reqs, num_nodes]``, int64: ``Drafts.parents``.
+        by_state: ``[max_num_reqs, num_nodes]``, int64: ``Drafts.parents``.
 
     """
 
     def __init__(self, num_nodes: int, max_num_reqs: int, device: torch.device) -> None:
-        self.by_slot = torch.arange(num_nodes, device=device).repeat(max_num_reqs, 1)
+        self.by_state = torch.arange(num_nodes, device=device).repeat(max_num_reqs, 1)
 
     def keep(
         self,
         idx_mapping: torch.Tensor,  # [num_reqs], int64
         drafts: Drafts,
     ) -> None:
-        """Note what the drafts of the requests in these slots look like."""
-        self.by_slot[idx_mapping] = drafts.parents
+        """Note what the drafts of requests look like, by state index."""
+        self.by_state[idx_mapping] = drafts.parents
 
 
 class TreeTokensHandler(DraftTokensHandler):
@@ -49,7 +49,7 @@ class TreeTokensHandler(DraftTokensHandler):
     ) -> None:
         """Start the copy where a request of the step follows a grammar (see ``DraftTokensHandler``)."""
         if input_batch.has_structured_output_reqs:
-            parents = self._drafts.by_slot[input_batch.idx_mapping, : draft_tokens.shape[1]]
+            parents = self._drafts.by_state[input_batch.idx_mapping, : draft_tokens.shape[1]]
             draft_tokens = torch.cat((draft_tokens, parents), dim=1)
         super().set_draft_tokens(input_batch, draft_tokens)
 

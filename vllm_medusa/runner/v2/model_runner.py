@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -19,130 +18,26 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
-from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, prepare_backends, tree_builders
 from vllm_medusa.attention.triton.selection import fixes_lengths, tree_attention_selected
-from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.compat.runners import adaptive_verification, speculator
 from vllm_medusa.config import MedusaSpeculativeConfig, medusa_config
 from vllm_medusa.engine_checks import check_engine
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.request import RequestOptions
-from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v2.budget import BudgetManager, lacking
-from vllm_medusa.runner.v2.drafts import TreeTokensHandler, WaitingDrafts
-from vllm_medusa.runner.v2.proposal_graphs import ProposalBuffers, ProposalGraphs
+from vllm_medusa.runner.v2.drafts import TreeTokensHandler
 from vllm_medusa.runner.v2.sampling import TreeVerifier
+from vllm_medusa.runner.v2.speculator import MedusaSpeculator
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs
-from vllm_medusa.tree.drafts import NO_TOKEN, Drafts
 
 # vLLM's handlers are those of loggers below "vllm".
 logger = init_logger("vllm.medusa")
-
-
-class MedusaSpeculator(BaseSpeculator):
-    """The proposer in V2's terms.
-
-    Attributes:
-        stopped_at: ``[num_reqs]``, int64: ``Walk.stopped_at`` of the step's requests.
-        max_nodes: ``[num_reqs]``, int64: most nodes of each request's draft; None if none has a limit.
-        asked: whether the heads are asked in this step.
-        enable_adaptive_verification: whether a budget chooses how much of each draft is verified; vLLM's own name.
-        correction: what the budget is told of drafts comes from here; None without one.
-        draft_token_confidence_probs: ``[max_num_reqs, num_nodes]``, float32: what it is told; vLLM's own name.
-        drafts: the trees of drafts that wait for their verification.
-        graphs: the proposal as CUDA graphs. vLLM makes them anew, and drops those with which it measured memory.
-
-    """
-
-    supports_mm_inputs = False
-    draft_logits = None
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        self.proposer = MedusaProposer(vllm_config)
-        self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
-        self.stopped_at: torch.Tensor | None = None
-        self.max_nodes: torch.Tensor | None = None
-        self.asked = True
-        self.graphs: ProposalGraphs | None = None
-        tree, max_num_reqs = self.proposer.tree, vllm_config.scheduler_config.max_num_seqs
-        self.enable_adaptive_verification = self.proposer.options.medusa_budget != "off" and not lacking(vllm_config)
-        self.correction: DeviceCorrection | None = None
-        if self.enable_adaptive_verification:
-            self.correction = DeviceCorrection(tree.depth, tree.num_nodes, max_num_reqs, device)
-            self.draft_token_confidence_probs = torch.zeros(max_num_reqs, tree.num_nodes, device=device)
-        self._buffers = ProposalBuffers.allocate(
-            vllm_config, tree.num_nodes, device, judged=self.enable_adaptive_verification
-        )
-        self._vllm_config, self._device = vllm_config, device
-
-    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Prepare to capture the proposal."""
-        self.graphs = ProposalGraphs(self._vllm_config, self._device, cudagraph_mode, self._buffers)
-
-    def capture(self) -> None:
-        """Capture the proposal."""
-        assert self.graphs is not None
-        self.graphs.capture_proposals(self.proposer.propose)
-
-    def load_model(self, target_model: nn.Module) -> None:
-        """Load the heads."""
-        self.proposer.load_model(target_model)
-
-    def propose(
-        self,
-        input_batch: InputBatch,
-        attn_metadata: dict[str, Any],
-        slot_mappings: dict[str, torch.Tensor],
-        last_hidden_states: torch.Tensor,  # [tokens, hidden_size]
-        aux_hidden_states: list[torch.Tensor] | None,
-        num_sampled: torch.Tensor,
-        num_rejected: torch.Tensor,
-        last_sampled: torch.Tensor,  # [max_num_reqs, 1], int64
-        *args: Any,
-        dummy_run: bool = False,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
-        hidden = self._buffers.hidden[: input_batch.num_reqs]
-        if dummy_run:
-            return self._draft(hidden).tokens
-        if not self.asked:
-            return self._nothing(input_batch.idx_mapping)
-        assert self.stopped_at is not None
-        torch.index_select(last_hidden_states, 0, self.stopped_at, out=hidden)
-        if self.proposer.model.paths is not None:
-            roots = self._buffers.roots[: input_batch.num_reqs]
-            torch.index_select(last_sampled.view(-1), 0, input_batch.idx_mapping, out=roots)
-        drafts = self._draft(hidden)
-        if self.max_nodes is not None:
-            drafts = drafts.cut(self.max_nodes)
-        self.drafts.keep(input_batch.idx_mapping, drafts)
-        if self.correction is not None:
-            self.correction.rate(drafts, input_batch.idx_mapping, self.draft_token_confidence_probs)
-        return drafts.tokens if self.max_nodes is None else drafts.padded_tokens()
-
-    def _nothing(
-        self,
-        idx_mapping: torch.Tensor,  # [num_reqs], int64
-    ) -> torch.Tensor:  # [num_reqs, num_nodes], int64
-        """Return drafts without a token, of which nothing is worth verifying."""
-        assert self.correction is not None
-        self.correction.forget(idx_mapping, self.draft_token_confidence_probs)
-        return idx_mapping.new_full((len(idx_mapping), self.proposer.tree.num_nodes), NO_TOKEN)
-
-    def _draft(
-        self,
-        hidden: torch.Tensor,  # [num_reqs, hidden_size], the first in the buffers
-    ) -> Drafts:
-        """Draft by a captured graph if there is one."""
-        captured = self.graphs.replay(len(hidden)) if self.graphs is not None else None
-        return captured or self.proposer.propose(hidden, self._buffers.roots[: len(hidden)])
 
 
 class MedusaModelRunner(GPUModelRunner):
@@ -213,18 +108,18 @@ class MedusaModelRunner(GPUModelRunner):
         super().add_requests(scheduler_output)
         for request in scheduler_output.scheduled_new_reqs:
             params = request.sampling_params
-            slot = self.req_states.req_id_to_index[request.req_id]
+            state_index = self.req_states.req_id_to_index[request.req_id]
             options = RequestOptions.of(params, self._options)
-            self._asks_rule[slot] = options.is_typical
+            self._asks_rule[state_index] = options.is_typical
             most = self.speculator.proposer.tree.num_nodes
-            self._max_nodes[slot] = most if options.max_nodes is None else min(options.max_nodes, most)
+            self._max_nodes[state_index] = most if options.max_nodes is None else min(options.max_nodes, most)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Let vLLM map slots as for chains, then put each row of a tree at the position of its depth."""
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         num_drafts = input_batch.num_draft_tokens_per_req
         self._trees = derive_trees_on_device(
-            self.speculator.drafts.by_slot,
+            self.speculator.drafts.by_state,
             input_batch.idx_mapping,
             input_batch.query_start_loc,
             input_batch.cu_num_logits,
@@ -236,7 +131,7 @@ class MedusaModelRunner(GPUModelRunner):
             buffers=self._buffers,
         )
         announce_trees(self._groups(), self._trees)
-        self._slots = slot_mappings
+        self._slot_mappings = slot_mappings
         return block_tables, slot_mappings
 
     def sample(
@@ -249,8 +144,8 @@ class MedusaModelRunner(GPUModelRunner):
         announce_trees(self._groups(), self._buffers)
         assert isinstance(verifier, TreeVerifier)
         verifier.trees, verifier.accepted = trees, None
-        slots = input_batch.idx_mapping_np
-        verifier.asking = self._on_device(self._asks_rule[slots])
+        state_indices = input_batch.idx_mapping_np
+        verifier.asking = self._on_device(self._asks_rule[state_indices])
         sampled = super().sample(hidden_states, input_batch, grammar_output)
         # A step without drafts is not verified; it has a row a request.
         self.speculator.stopped_at = trees.logits_indices
@@ -265,9 +160,9 @@ class MedusaModelRunner(GPUModelRunner):
                     self.req_states.prefill_len.gpu,
                 )
             if self._commit is not None:
-                self._commit(trees, verifier.accepted, list(self._slots))
+                self._commit(trees, verifier.accepted, list(self._slot_mappings))
             self.speculator.stopped_at = verifier.accepted.stopped_at
-        limits, num_nodes = self._max_nodes[slots], self.speculator.proposer.tree.num_nodes
+        limits, num_nodes = self._max_nodes[state_indices], self.speculator.proposer.tree.num_nodes
         self.speculator.max_nodes = async_tensor_h2d(limits, device=self.device) if (limits < num_nodes).any() else None
         budget = self.adaptive_verification
         self.speculator.asked = budget is None or budget.asks_heads(input_batch.num_reqs)
@@ -287,12 +182,12 @@ class MedusaModelRunner(GPUModelRunner):
 
     def _room(
         self,
-        slots: np.ndarray,  # [num_reqs], int
+        state_indices: np.ndarray,  # [num_reqs], int
     ) -> int:
-        """Return the most nodes that a budget may let the verifier have, of requests in these slots."""
+        """Return the most nodes that a budget may let the verifier have, of these requests."""
         assert isinstance(self.rejection_sampler, TreeVerifier)
-        asking = bool(self._asks_rule[slots].any())
-        return self.rejection_sampler.room(slots, self._max_depth, self.vocab_size, asking=asking)
+        asking = bool(self._asks_rule[state_indices].any())
+        return self.rejection_sampler.room(state_indices, self._max_depth, self.vocab_size, asking=asking)
 
     def _on_device(self, flags: np.ndarray) -> torch.Tensor | None:
         """Return the requests' flags, ``[num_reqs]``, bool; None if none is set, which costs no copy."""

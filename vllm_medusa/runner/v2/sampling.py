@@ -159,7 +159,7 @@ class TreeVerifier(RejectionSampler):
         """Return how many nodes can be verified in one chunk; below 0 if not even the requests' roots can.
 
         Args:
-            requests: the requests' slots.
+            requests: the requests' rows in V2's states.
             max_depth: the deepest tree's depth.
             vocab_size: logits of a row.
             asking: whether some request asks for typical acceptance.

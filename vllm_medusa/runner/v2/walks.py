@@ -68,7 +68,7 @@ class TreeWalker:
         return walk_trees(logits, input_batch, trees, settled, needs_processed)
 
     def depends_on_path(self, requests: np.ndarray) -> bool:
-        """Whether some of the requests in these slots have logits that depend on the tokens from the root to a row."""
+        """Whether some of these requests, rows of V2's states, have logits that depend on the path to a row."""
         sampler = self._sampler
         for processor in sampler.logits_processors:
             match processor:
@@ -117,8 +117,8 @@ class TreeWalker:
         log_probs, entropies = judge_nodes(trees, processed)
         request = torch.searchsorted(trees.cu_num_rows.long(), row, right=True) - 1
         # A draft behind a prompt is one that the scheduler has made up: its tokens are what an earlier request left.
-        slots = input_batch.idx_mapping
-        drafted = trees.root_positions[: len(slots)] >= self._sampler.req_states.prefill_len.gpu[slots]
+        prefill_len = self._sampler.req_states.prefill_len.gpu[input_batch.idx_mapping]
+        drafted = trees.root_positions[: len(prefill_len)] >= prefill_len
         kept = self._rule.keeps(log_probs, entropies) & (asking & drafted)[request]
         return settle(trees, kept, log_probs)
 

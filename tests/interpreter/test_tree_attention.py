@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 
 from tests.unit.strategies import bitmasks_of, deterministic, trees
 from vllm_medusa.attention import reference
-from vllm_medusa.attention.triton.ops import (
-    MAX_BLOCK_ROWS,
-    AttentionStep,
-    Gpu,
-    LayerOptions,
-    Tiling,
-    Workspace,
-    choose_tiling,
-    tree_attention,
-)
+from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.attention.triton.tiling import MAX_BLOCK_ROWS, Gpu, Tiling, choose_tiling
 from vllm_medusa.step.trees import CAUSAL, WORD_BITS
 from vllm_medusa.tree.topology import DraftTree
 

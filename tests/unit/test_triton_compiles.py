@@ -21,14 +21,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vllm_medusa.acceptance.walk_kernel import walk_drawn
-from vllm_medusa.attention.triton.ops import (
-    WARPS_PER_PROCESSOR,
-    AttentionStep,
-    Gpu,
-    LayerOptions,
-    Workspace,
-    tree_attention,
-)
+from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.attention.triton.tiling import WARPS_PER_PROCESSOR, Gpu
 from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.kv_cache.kernel_commit import CacheTable, move_accepted
 from vllm_medusa.step.derive_kernel import derive_trees_on_device

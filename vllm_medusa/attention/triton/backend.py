@@ -14,7 +14,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonA
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_medusa.attention.metadata import TreeMetadataBuilder
-from vllm_medusa.attention.triton.ops import AttentionStep, Gpu, LayerOptions, Workspace, tree_attention
+from vllm_medusa.attention.triton.ops import AttentionStep, LayerOptions, Workspace, tree_attention
+from vllm_medusa.attention.triton.tiling import Gpu
 from vllm_medusa.step.trees import StepTrees
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_medusa.budget.choice import choose, most_probable
+from vllm_medusa.budget.choice import choose, count_most_probable
 from vllm_medusa.budget.correction import Correction
 from vllm_medusa.budget.cost import CostTable
 from vllm_medusa.budget.pauses import Gains, Pauses
@@ -41,8 +41,8 @@ class Budget:
         self._proposal: CostTable | None = None
         self._max_rows = 0
         self._unverified = 0
-        self._place: dict[str, int] = {}
-        self._said = self._expected = torch.zeros(0)
+        self._draft_index: dict[str, int] = {}
+        self._head_probabilities = self._corrected_probabilities = torch.zeros(0)
 
     def know(self, costs: Costs, max_rows: int, max_num_reqs: int) -> None:
         """Take costs as they were measured.
@@ -61,7 +61,7 @@ class Budget:
 
     def asks_heads(self, num_reqs: int) -> bool:
         """Whether this step, in which so many requests can have a draft, is to ask the heads."""
-        self._place = {}
+        self._draft_index = {}
         if num_reqs:
             self.tally.began(num_reqs)
         return num_reqs > 0 and self._pauses.asks_heads(num_reqs)
@@ -82,14 +82,15 @@ class Budget:
         """
         assert drafts.log_probs is not None
         emits = emitting.tolist()
-        self._place = {each: index for index, each in enumerate(req_ids) if emits[index]}
-        self._said = drafts.log_probs.exp()
+        self._draft_index = {each: index for index, each in enumerate(req_ids) if emits[index]}
+        self._head_probabilities = drafts.log_probs.exp()
         lengths = drafts.lengths * emitting
-        self._expected = self.correction.apply(self._said, node_depths(drafts.parents, self._max_depth))
+        depths = node_depths(drafts.parents, self._max_depth)
+        self._corrected_probabilities = self.correction.apply(self._head_probabilities, depths)
         if self.most is not None:
-            chosen = most_probable(self._expected, lengths, self.most)
+            chosen = count_most_probable(self._corrected_probabilities, lengths, self.most)
         else:
-            chosen = self._choose(self._expected, lengths, len(self._place))
+            chosen = self._choose(self._corrected_probabilities, lengths, len(self._draft_index))
         self.tally.chose(int(lengths.sum()), int(chosen.sum()))
         return drafts.cut(chosen)
 
@@ -111,7 +112,7 @@ class Budget:
         self._unverified += 1
         if self._unverified % PROBE_AFTER:
             return torch.zeros_like(lengths)
-        return most_probable(probabilities, lengths, num_reqs)
+        return count_most_probable(probabilities, lengths, num_reqs)
 
     def verified(
         self,
@@ -131,14 +132,14 @@ class Budget:
             accepted: whether the walk went along the row.
 
         """
-        place = np.array([self._place.get(each, -1) for each in req_ids])
-        if not (place >= 0).any():
+        draft_index = np.array([self._draft_index.get(each, -1) for each in req_ids])
+        if not (draft_index >= 0).any():
             return
-        drafted = place[request]
-        known = (node >= 0) & (drafted >= 0)
-        nodes = drafted[known], node[known]
-        self.correction.observe(depths[known], self._said.numpy()[nodes], accepted[known])
-        self.tally.verified(self._expected.numpy()[nodes], accepted[known])
+        draft = draft_index[request]
+        known = (node >= 0) & (draft >= 0)
+        nodes = draft[known], node[known]
+        self.correction.observe(depths[known], self._head_probabilities.numpy()[nodes], accepted[known])
+        self.tally.verified(self._corrected_probabilities.numpy()[nodes], accepted[known])
         if self.most is None:
             self._pauses.saw(len(req_ids), verified=bool(known.any()))
 

@@ -53,7 +53,7 @@ def choose(
     return Choice(_count(ranked[:best], probabilities), float(rates[best]))
 
 
-def most_probable(
+def count_most_probable(
     probabilities: torch.Tensor,  # [num_reqs, num_nodes], float32, falling along each request
     lengths: torch.Tensor,  # [num_reqs], int64
     most: int,

@@ -15,11 +15,12 @@ HORIZON = 32
 """Observations after which an earlier one counts a third."""
 
 FAR = 0.02
-"""What an observation counts at sizes far away: a machine that slows down does so at every size."""
+"""The weight of an observation at sizes far from its own, where it has 1: a machine that slows down does so at every
+size."""
 
 FIRST = 0.002
-"""What the measured curve counts, as a share of one observation: it leaves out attention and the host's work, so only
-its shape is to be trusted."""
+"""The weight of the measured curve, where an observation at its own size has 1: the curve leaves out attention and the
+host's work, so only its shape is to be trusted."""
 
 MOST_SURPRISE = math.log(1.5)
 """The most by which an observation differs from what was expected, as it counts; other processes disturb a step now and

@@ -45,11 +45,11 @@ class DeviceCorrection:
         idx_mapping: torch.Tensor,  # [num_reqs], int64
         confidences: torch.Tensor,  # [num_reqs, num_nodes], float32
     ) -> None:
-        """Write how probable it is that a node is accepted if all before it in its draft are as probable as they seem.
+        """Write drafts' confidences, the form in which vLLM's adaptive verification reads probabilities.
 
-        The running product of a draft's confidences is each node's corrected probability, made to fall along the draft:
-        the numbers in which vLLM's adaptive verification asks for probabilities. They are in [0, 1], and 0 past the
-        draft's length.
+        A node's confidence is its corrected probability divided by that of the node before it, so the running product
+        of confidences is the corrected probability. Beforehand no node is let be more probable than one before it.
+        Confidences are in [0, 1], and 0 past the draft's length.
 
         Args:
             drafts: with their ``log_probs``.

@@ -19,8 +19,8 @@ FIRST_GAIN = 1.05
 """What is expected before anything has been seen."""
 
 REQUESTS = 32
-"""Requests, of one step or of several, after which what was seen before counts half or less: how sure heads are differs
-from request to request, so a step of many says more."""
+"""A step of so many requests counts as much in the average as all steps before it together, and one of fewer counts
+less: how sure heads are differs from request to request."""
 
 RETRYING_RATE = 1 / 4
 """The least that a step counts while heads are asked seldom."""

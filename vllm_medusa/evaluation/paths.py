@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 
 from vllm_medusa.tree.best_first import JointPaths
-from vllm_medusa.tree.static import Path
+from vllm_medusa.tree.static import RankPath
 
 
 def count_paths(
@@ -23,9 +23,9 @@ def count_paths(
         num_ranks: how many ranks are counted.
 
     """
-    counts: Counter[Path] = Counter()
+    counts: Counter[RankPath] = Counter()
     for of_position in ranks.tolist():
-        path: Path = ()
+        path: RankPath = ()
         for rank in of_position:
             if rank >= num_ranks:
                 break

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_medusa.data.packing import IGNORED
-from vllm_medusa.tree.static import Path, StaticTree
+from vllm_medusa.tree.static import RankPath, StaticTree
 
 
 def visited(
@@ -40,7 +40,7 @@ def visited(
     return begins
 
 
-def _accepted(of_position: list[int], paths: set[Path]) -> int:
+def _accepted(of_position: list[int], paths: set[RankPath]) -> int:
     """Return how many tokens the tree's branch has that is right."""
     return next(
         (depth for depth in range(len(of_position)) if tuple(of_position[: depth + 1]) not in paths), len(of_position)

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from vllm_medusa.tree.candidates import most_probable
+from vllm_medusa.tree.candidates import grow_trees
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.levels import Asked, LevelHeads
 from vllm_medusa.tree.static import check_size
@@ -85,7 +85,7 @@ class BeamTree:
                 asked = Asked(tokens.gather(1, index), index // self.top_k)
                 own = index + self._candidates(depth - 1)
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in (all_tokens, all_parents, all_scores))
-        return most_probable(scores, parents, self._rows, self.min_probability, lambda node: tokens.gather(1, node))
+        return grow_trees(scores, parents, self._rows, self.min_probability, lambda node: tokens.gather(1, node))
 
     def _candidates(self, depth: int) -> int:
         """Return how many candidates there are of at most a depth, the root counted."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from vllm_medusa.messages import shortened
-from vllm_medusa.tree.static import Path, StaticTree, check_size, from_paths
+from vllm_medusa.tree.static import RankPath, StaticTree, check_size, from_paths
 
 
 class PathAccuracies(Protocol):
@@ -27,7 +27,7 @@ class PathAccuracies(Protocol):
     def available(self) -> int:
         """How many paths there are, nodes of the largest tree."""
 
-    def children(self, path: Path, probability: float) -> Iterator[tuple[int, float]]:
+    def children(self, path: RankPath, probability: float) -> Iterator[tuple[int, float]]:
         """Yield the ranks below a path of this probability, each with the probability of the longer path."""
 
 
@@ -59,7 +59,7 @@ class IndependentHeads:
         heads, ranks = self.accuracies.shape
         return available_nodes(heads, ranks)
 
-    def children(self, path: Path, probability: float) -> Iterator[tuple[int, float]]:
+    def children(self, path: RankPath, probability: float) -> Iterator[tuple[int, float]]:
         """Yield the ranks below a path (see ``PathAccuracies``)."""
         if len(path) < len(self._rows):
             for rank, accuracy in enumerate(self._rows[len(path)]):
@@ -80,14 +80,14 @@ class JointPaths:
 
     """
 
-    accuracies: Mapping[Path, float]
+    accuracies: Mapping[RankPath, float]
 
     @property
     def available(self) -> int:
         """How many paths there are."""
         return len(self.accuracies)
 
-    def children(self, path: Path, probability: float) -> Iterator[tuple[int, float]]:
+    def children(self, path: RankPath, probability: float) -> Iterator[tuple[int, float]]:
         """Yield the ranks below a path (see ``PathAccuracies``)."""
         for child in self._children.get(path, ()):
             yield child[-1], self.accuracies[child]
@@ -98,8 +98,8 @@ class JointPaths:
         return JointPaths({path: self.accuracies[path] for path in kept})
 
     @cached_property
-    def _children(self) -> dict[Path, list[Path]]:
-        children: dict[Path, list[Path]] = {}
+    def _children(self) -> dict[RankPath, list[RankPath]]:
+        children: dict[RankPath, list[RankPath]] = {}
         for path in self.accuracies:
             children.setdefault(path[:-1], []).append(path)
         return children
@@ -122,8 +122,8 @@ def best_first(accuracies: PathAccuracies, nodes: int) -> StaticTree:
             "num_speculative_tokens within that or calibrate more ranks"
         )
     check_size(nodes)
-    paths: list[Path] = []
-    frontier: list[tuple[float, int, Path]] = [(-1.0, 0, ())]
+    paths: list[RankPath] = []
+    frontier: list[tuple[float, int, RankPath]] = [(-1.0, 0, ())]
     while len(paths) <= nodes:
         negated, depth, path = heapq.heappop(frontier)
         paths.append(path)
@@ -139,7 +139,7 @@ def available_nodes(heads: int, ranks: int) -> int:
 
 def path_probabilities(tree: StaticTree, accuracies: PathAccuracies) -> list[float]:
     """Return each drafted node's probability of being accepted, in row order; 0 for a path that is not known."""
-    known: dict[Path, float] = {(): 1.0}
+    known: dict[RankPath, float] = {(): 1.0}
     for choice in tree.choices:
         *parent, rank = choice
         of_parent = known[tuple(parent)]

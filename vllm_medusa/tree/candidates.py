@@ -11,7 +11,7 @@ import torch
 from vllm_medusa.tree.drafts import Drafts
 
 
-def most_probable(
+def grow_trees(
     scores: torch.Tensor,  # [num_reqs, candidates], float32
     parents: torch.Tensor,  # [num_reqs, candidates], int64
     rows: torch.Tensor,  # [num_nodes + 1], int64

@@ -23,9 +23,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from vllm_medusa.tree.candidates import most_probable
+from vllm_medusa.tree.candidates import grow_trees
 from vllm_medusa.tree.drafts import Drafts
-from vllm_medusa.tree.static import Path, check_size, from_paths
+from vllm_medusa.tree.static import RankPath, check_size, from_paths
 
 MAX_CANDIDATES = 1 << 14
 """Most paths that are weighed for each request and step."""
@@ -101,7 +101,7 @@ class DynamicTree:
         """
         scores = self._scores(log_probs)
         flat = tokens.flatten(1)
-        return most_probable(
+        return grow_trees(
             scores,
             self._parent.expand_as(scores),
             self._row,
@@ -119,9 +119,9 @@ class DynamicTree:
         scores = (terms * self._weight).sum(dim=-1) + terms.masked_fill(self._leaves, 0).amin(dim=-1) / 2
         return scores.nan_to_num_(nan=-math.inf, neginf=-math.inf)
 
-    def _candidate_paths(self) -> list[Path]:
+    def _candidate_paths(self) -> list[RankPath]:
         """Return the paths that leave room for all that are at least as probable, those that need least room first."""
-        rooms: dict[Path, int] = {}
+        rooms: dict[RankPath, int] = {}
         for path, room in self._paths_within((), 1, 0):
             rooms[path] = room
             if len(rooms) > MAX_CANDIDATES:
@@ -131,7 +131,7 @@ class DynamicTree:
                 )
         return sorted(rooms, key=lambda path: (rooms[path], path))
 
-    def _paths_within(self, path: Path, breadth: int, room: int) -> Iterator[tuple[Path, int]]:
+    def _paths_within(self, path: RankPath, breadth: int, room: int) -> Iterator[tuple[RankPath, int]]:
         """Yield all paths below one, each with the number of paths that are at least as probable, itself counted.
 
         For each length up to the path's own those are the paths of no worse ranks, ``breadth`` at the last one.

@@ -21,8 +21,7 @@ from vllm_medusa.tree.best_first import (
     path_probabilities,
 )
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.static import Path as RankPath
-from vllm_medusa.tree.static import StaticTree, cartesian, chain, from_choices, validate_depth
+from vllm_medusa.tree.static import RankPath, StaticTree, cartesian, chain, from_choices, validate_depth
 
 PUBLISHED_ACCURACIES = (
     (0.560, 0.112, 0.055, 0.033, 0.020),

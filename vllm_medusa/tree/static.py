@@ -23,7 +23,8 @@ from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.levels import LevelHeads, LevelPlan
 from vllm_medusa.tree.topology import ROOT, DraftTree
 
-Path = tuple[int, ...]
+RankPath = tuple[int, ...]
+"""A node's path: the ranks from the root down to it."""
 
 MAX_NODES = 1024
 """Most nodes of a tree: its masks grow with their square, and no target verifies more in a step at a profit."""
@@ -194,7 +195,7 @@ def from_choices(choices: Sequence[Sequence[int]]) -> StaticTree:
     if not choices:
         raise ValueError("medusa_tree: the list of paths is empty; give at least one path, such as [[0]]")
     check_size(len(choices))
-    paths: dict[Path, None] = {}
+    paths: dict[RankPath, None] = {}
     for choice in choices:
         if not isinstance(choice, list | tuple) or not choice or not all(map(_is_rank, choice)):
             raise ValueError(
@@ -235,9 +236,9 @@ def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def from_paths(paths: Iterable[Path]) -> StaticTree:
+def from_paths(paths: Iterable[RankPath]) -> StaticTree:
     """Return the tree of paths that are known to be in parent-first order; the root comes before them all."""
-    row: dict[Path, int] = {(): 0}
+    row: dict[RankPath, int] = {(): 0}
     parents, ranks = [ROOT], [0]
     for path in paths:
         parents.append(row[path[:-1]])

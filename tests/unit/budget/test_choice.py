@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic
-from vllm_medusa.budget.choice import choose, most_probable
+from vllm_medusa.budget.choice import choose, count_most_probable
 
 CURVES: dict[str, Callable[[int], float]] = {
     "flat to 64 rows, then linear": lambda rows: 1 + max(rows - 64, 0) / 16,
@@ -62,7 +62,7 @@ def test_more_rows_than_there_are_costs_for_are_not_chosen() -> None:
 @given(batches(), st.integers(0, 20))
 def test_a_number_leaves_the_most_probable_nodes(batch: tuple[torch.Tensor, torch.Tensor], most: int) -> None:
     probabilities, lengths = batch
-    found = most_probable(probabilities, lengths, most)
+    found = count_most_probable(probabilities, lengths, most)
     assert bool((found <= lengths).all())
     assert int(found.sum()) == min(most, int(lengths.sum()))
     kept = [float(p) for row, length in zip(probabilities, found.tolist(), strict=True) for p in row[:length]]

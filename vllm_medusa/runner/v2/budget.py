@@ -23,7 +23,7 @@ LAG = 2
 """Steps from a draft to the one whose budget is chosen by the draft's probabilities."""
 
 TYPICAL_RATE = 1 / 16
-"""What a step counts in the probabilities that are expected of a request before its first draft's are known."""
+"""The weight of a step in the average of all requests' confidences, which a new one has until its first draft is rated."""
 
 
 class BudgetManager(AdaptiveVerificationManager):

@@ -35,16 +35,28 @@ class WriteError(OSError):
 
     Attributes:
         reason: why, without what to do.
+        advice: what to do.
 
     """
 
-    def __init__(self, path: Path, error: BaseException) -> None:
-        self.reason = _reason(error)
+    def __init__(self, path: Path, error: BaseException, advice: str = ADVICE) -> None:
+        self.reason, self.advice = _reason(error), advice
         number = error.errno if isinstance(error, OSError) else None
-        super().__init__(number, f"{self.reason}; {ADVICE}", str(path))
+        super().__init__(number, f"{self.reason}; {advice}", str(path))
 
     def __str__(self) -> str:
-        return f"{self.filename} cannot be written ({self.reason}); {ADVICE}"
+        return f"{self.filename} cannot be written ({self.reason}); {self.advice}"
+
+
+@contextmanager
+def named_write_errors(path: Path, advice: str) -> Iterator[None]:
+    """Raise ``WriteError`` of this path, with this advice, where a write in this context fails."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _says_that_a_write_failed(error):
+            raise
+        raise WriteError(path, error, advice) from None
 
 
 def require_writable(path: Path) -> None:
@@ -164,10 +176,14 @@ def _reason(error: BaseException) -> str:
 
 def _is_failed_write(error: Exception, path: Path) -> bool:
     if not isinstance(error, OSError):
-        return any(name in str(error) for name in FAILED_WRITES)
+        return _says_that_a_write_failed(error)
     named = Path(str(error.filename or ""))
     is_own = named == path or any(each.name.startswith(_prefix(path)) for each in (named, *named.parents))
     return is_own or (error.errno in DISK_IS_FULL and not isinstance(error, WriteError))
+
+
+def _says_that_a_write_failed(error: Exception) -> bool:
+    return any(name in str(error) for name in FAILED_WRITES)
 
 
 def _delete(file: Path) -> None:

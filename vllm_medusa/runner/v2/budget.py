@@ -23,7 +23,7 @@ LAG = 2
 """Steps from a draft to the one whose budget is chosen by the draft's probabilities."""
 
 TYPICAL_RATE = 1 / 16
-"""The weight of a step in the average of all requests' confidences, which a new one has until its first draft is rated."""
+"""The weight of a step in the average of confidences that a new request has until its first draft is rated."""
 
 
 class BudgetManager(AdaptiveVerificationManager):

@@ -8,16 +8,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter
-from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_medusa.compat.log import logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
-
-# vLLM's handlers are those of loggers below "vllm".
-logger = init_logger("vllm.medusa")
 
 LABELS = ("model_name", "engine")
 

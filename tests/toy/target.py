@@ -14,7 +14,6 @@ from tests.toy.blocks import shuffled_batches
 from tests.toy.muon import Muon
 from tests.toy.tokenizer import BOS_ID, EOS_ID
 from vllm_medusa.progress import progress
-from vllm_medusa.training.schedule import linear_with_warmup
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool
         AdamW(others, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True),
     ]
     schedules = [
-        LambdaLR(optimizer, lambda step: linear_with_warmup(step, config.warmup_steps, config.steps))
+        LambdaLR(optimizer, lambda step: _linear_with_warmup(step, config.warmup_steps, config.steps))
         for optimizer in optimizers
     ]
     batches = shuffled_batches(blocks, config.batch_size, config.seed)
@@ -91,3 +90,9 @@ def train_target(config: TargetConfig, blocks: torch.Tensor, show_progress: bool
                 schedule.step()
             shown.advance(tokens=tokens.numel(), loss=loss.item())
     return model.eval()
+
+
+def _linear_with_warmup(step: int, warmup: int, total: int) -> float:
+    """Return the factor on the learning rate: a linear rise, a plateau, and a linear fall over the last 60 %."""
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    return rise * min(1.0, (total - step) / max(1.0, 0.6 * total))

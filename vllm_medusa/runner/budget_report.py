@@ -15,13 +15,10 @@ from functools import cache
 from prometheus_client import Counter
 from vllm import envs
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 
 from vllm_medusa.budget.tally import BINS, Tally
+from vllm_medusa.compat.log import logger
 from vllm_medusa.metrics import LABELS
-
-# vLLM's handlers are those of loggers below "vllm".
-logger = init_logger("vllm.medusa")
 
 PROBABILITIES = tuple(f"{tenth / BINS}-{(tenth + 1) / BINS}" for tenth in range(BINS))
 

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 
+from vllm_medusa.compat.log import logger
 from vllm_medusa.compat.version import vllm_version
 from vllm_medusa.config import medusa_config
 from vllm_medusa.tree.options import Tree
@@ -17,9 +17,6 @@ from vllm_medusa.tree.static import StaticTree
 
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
-
-# vLLM's handlers are those of loggers below "vllm".
-logger = init_logger("vllm.medusa")
 
 
 def log_start(vllm_config: VllmConfig, tree: Tree, groups: Iterable[AttentionGroup]) -> None:

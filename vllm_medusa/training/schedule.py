@@ -14,12 +14,6 @@ def cosine_with_warmup(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def linear_with_warmup(step: int, warmup: int, total: int) -> float:
-    """Return the factor on the learning rate: a linear rise, a plateau, and a linear fall over the last 60 %."""
-    rise = min(1.0, (step + 1) / max(1, warmup))
-    return rise * min(1.0, (total - step) / max(1.0, 0.6 * total))
-
-
 def second_stage(step: int, first_stage: int, warmup: int, total: int) -> float:
     """Return the factor on the target's learning rate: 0 in the first stage, then ``cosine_with_warmup``."""
     return 0.0 if step < first_stage else cosine_with_warmup(step - first_stage, warmup, total - first_stage)

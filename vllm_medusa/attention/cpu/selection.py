@@ -6,15 +6,11 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from vllm.logger import init_logger
-
 from vllm_medusa.attention.cpu.build import BuildError, load_library
 from vllm_medusa.attention.cpu.fused import FusedTrees
 from vllm_medusa.attention.cpu.padded import PaddedTrees
 from vllm_medusa.attention.cpu.tree_pass import TreePass
-
-# vLLM's handlers are those of loggers below "vllm".
-logger = init_logger("vllm.medusa")
+from vllm_medusa.compat.log import logger
 
 VARIABLE = "MEDUSA_CPU_ATTENTION"
 """The environment variable that names the way: ``CHOICES``, ``auto`` by default."""

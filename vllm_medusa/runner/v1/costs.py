@@ -16,19 +16,16 @@ import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.logger import init_logger
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_medusa.attention.cpu.build import cpu_description
 from vllm_medusa.budget.cost import Curve
 from vllm_medusa.budget.store import Costs, costs_directory, costs_file, name_of
+from vllm_medusa.compat.log import logger
 from vllm_medusa.files import WriteError
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import describe
 from vllm_medusa.versions import installed_versions
-
-# vLLM's handlers are those of loggers below "vllm".
-logger = init_logger("vllm.medusa")
 
 ROUNDS = 3
 """Each size is measured so often again, in turns; the least time is what other processes have disturbed least."""

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -22,6 +21,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_medusa.attention.metadata import announce_trees, prepare_backends, tree_builders
 from vllm_medusa.attention.triton.selection import fixes_lengths, tree_attention_selected
+from vllm_medusa.compat.log import logger
 from vllm_medusa.compat.runners import adaptive_verification, speculator
 from vllm_medusa.config import MedusaSpeculativeConfig, medusa_config
 from vllm_medusa.engine_checks import check_engine
@@ -35,9 +35,6 @@ from vllm_medusa.runner.v2.sampling import TreeVerifier
 from vllm_medusa.runner.v2.speculator import MedusaSpeculator
 from vllm_medusa.step.derive_kernel import derive_trees_on_device
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs
-
-# vLLM's handlers are those of loggers below "vllm".
-logger = init_logger("vllm.medusa")
 
 
 class MedusaModelRunner(GPUModelRunner):

@@ -161,17 +161,20 @@ class HeadsSpec:
             if name != TOKEN_MAP:
                 check_dtype(name, state[name])
         if self.draft_vocab_size is not None:
-            self._check_token_map(state[TOKEN_MAP])
+            self.check_token_map(state[TOKEN_MAP])
 
-    def _check_token_map(self, token_map: torch.Tensor) -> None:
+    def check_token_map(self, token_map: torch.Tensor) -> None:
+        """Raise ``ValueError`` unless it names a different token of the target for each row of the LM heads."""
+        rows = self.lm_head_rows
         if token_map.is_floating_point() or token_map.dtype is torch.bool:
             raise ValueError(f"{TOKEN_MAP} is of dtype {dtype_name(token_map)}; it must hold integers")
-        if not bool(((token_map >= 0) & (token_map < self.vocab_size)).all()) or len(token_map.unique()) < len(
-            token_map
-        ):
+        if tuple(token_map.shape) != (rows,):
+            raise ValueError(f"{TOKEN_MAP} must have shape {(rows,)}, got {tuple(token_map.shape)}")
+        of_target = bool(((token_map >= 0) & (token_map < self.vocab_size)).all())
+        if not of_target or len(token_map.unique()) < rows:
             raise ValueError(
-                f"{TOKEN_MAP} holds {token_map[:3].tolist()}...; it must hold {self.draft_vocab_size} different tokens "
-                f"of the target's {self.vocab_size}"
+                f"{TOKEN_MAP} holds {token_map[:3].tolist()}...; it must hold {rows} different tokens of the target's "
+                f"{self.vocab_size}"
             )
 
 

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_medusa.checkpoint.config import MedusaHeadsConfig
-from vllm_medusa.checkpoint.format import check_dtype, dtype_name, path_shapes
+from vllm_medusa.checkpoint.format import TOKEN_MAP, HeadsSpec, check_dtype
 from vllm_medusa.checkpoint.published import HeadTensor
 from vllm_medusa.messages import some_of
 from vllm_medusa.model.lm_heads import CalibratedLMHead, OwnLMHeads, TargetLMHead
@@ -80,6 +80,7 @@ class MedusaHeads(nn.Module):
     checkpoint leaves out are zero.
 
     Attributes:
+        spec: the checkpoint's sizes.
         num_heads: heads that are held and run: as many as the tree is deep.
 
     Raises:
@@ -96,6 +97,7 @@ class MedusaHeads(nn.Module):
         config: MedusaHeadsConfig = options.draft_model_config.hf_config
         assert config.truncated_vocab_size is not None
         self.config = config
+        self.spec = _spec_of(config)
         self.num_heads = tree.depth
         self.blocks = ResidualBlocks(
             self.num_heads, config.hidden_size, config.num_hidden_layers, maybe_prefix(prefix, "blocks")
@@ -220,8 +222,9 @@ class MedusaHeads(nn.Module):
         for stored_name, tensor in weights:
             tensor_of_head = HeadTensor.parse(stored_name)
             name = stored_name if tensor_of_head is None else tensor_of_head.served_name
-            if name == "token_map":
-                self.token_map = self._checked_map(tensor).to(next(iter(parameters.values())).device, torch.int64)
+            if name == TOKEN_MAP:
+                self.spec.check_token_map(tensor)
+                self.token_map = tensor.to(next(iter(parameters.values())).device, torch.int64)
             elif name in shapes:
                 _check_shape(name, tensor, shapes[name])
                 check_dtype(name, tensor)
@@ -247,32 +250,10 @@ class MedusaHeads(nn.Module):
             )
         return set(parameters)
 
-    def _checked_map(self, token_map: torch.Tensor) -> torch.Tensor:
-        rows, vocab = self.config.truncated_vocab_size, self.config.vocab_size
-        if token_map.is_floating_point() or token_map.dtype is torch.bool:
-            raise ValueError(
-                f"the heads' checkpoint holds a token_map of dtype {dtype_name(token_map)}; it must hold integers"
-            )
-        if tuple(token_map.shape) != (rows,) or not bool(((token_map >= 0) & (token_map < vocab)).all()):
-            raise ValueError(
-                f"the heads' checkpoint holds a token_map of shape {tuple(token_map.shape)} with tokens "
-                f"{token_map.flatten()[:3].tolist()}...; it must have {rows} of the target's {vocab} tokens"
-            )
-        return token_map
-
-    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor that the checkpoint may hold, also of heads that the tree does not need."""
-        hidden = self.config.hidden_size
-        shapes: dict[str, tuple[int | None, ...]] = {}
-        for head in range(self.config.num_heads):
-            for layer in range(self.config.num_hidden_layers):
-                shapes[f"blocks.{head}.layers.{layer}.weight"] = (hidden, hidden)
-                shapes[f"blocks.{head}.layers.{layer}.bias"] = (hidden,)
-            if self.paths is not None:
-                shapes |= path_shapes(head, hidden, self.paths.rank)
-            if self.lm_heads is not None and (head == 0 or not self.config.original_lm_head):
-                shapes[f"lm_heads.{head}.weight"] = (self.config.truncated_vocab_size, hidden)
-        return shapes
+        absent = (TOKEN_MAP,) if self.lm_heads is not None else (TOKEN_MAP, "lm_heads.")
+        return {name: shape for name, shape in self.spec.shapes().items() if not name.startswith(absent)}
 
     def _load(self, of: HeadTensor, tensor: torch.Tensor) -> None:
         if of.head >= self.num_heads:
@@ -293,7 +274,21 @@ class MedusaHeads(nn.Module):
             self.paths.part(int(head), rest).copy_(tensor)
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
+def _spec_of(config: MedusaHeadsConfig) -> HeadsSpec:
+    """Return the heads' sizes, which were fitted to the target; biases that a checkpoint lacks are zero."""
+    rows, vocab_size = config.truncated_vocab_size, config.vocab_size
+    return HeadsSpec(
+        hidden_size=config.hidden_size,
+        vocab_size=vocab_size,
+        num_heads=config.num_heads,
+        num_layers=config.num_hidden_layers,
+        shared_lm_head=config.original_lm_head,
+        draft_vocab_size=None if rows == vocab_size else rows,
+        path_rank=config.sequential_path_rank,
+    )
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
         raise ValueError(
             f"the heads' checkpoint holds {name!r} of shape {tuple(tensor.shape)}, the target needs {expected}; "

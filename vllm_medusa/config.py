@@ -161,8 +161,8 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
         return self._tree_options.judge(self.tree)
 
     def __repr__(self) -> str:
-        tree = self.medusa_tree
-        shown = f"{len(tree)} nodes, {max(map(len, tree))} deep" if isinstance(tree, list) else tree
+        tree = self.tree
+        shown = f"{tree.num_nodes} nodes, {tree.depth} deep" if isinstance(tree, StaticTree) else "dynamic"
         return (
             f"MedusaSpeculativeConfig(model={self.draft_model_config.model!r}, "
             f"num_heads={self.heads.num_heads}, medusa_tree=<{shown}>)"

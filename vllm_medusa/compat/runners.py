@@ -56,9 +56,7 @@ def speculator(make: Callable[[VllmConfig, torch.device], Any]) -> AbstractConte
     return replaced(model_runner, "init_speculator", init_speculator)
 
 
-def adaptive_verification(
-    make: Callable[..., Any], refused: Callable[[str], None]
-) -> AbstractContextManager[None]:
+def adaptive_verification(make: Callable[..., Any], refused: Callable[[str], None]) -> AbstractContextManager[None]:
     """Let a V2 runner make its manager of adaptive verification with ``make``.
 
     Args:

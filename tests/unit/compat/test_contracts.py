@@ -8,8 +8,8 @@ import ast
 import pytest
 
 from tests.unit.compat.test_symbols import source
-from vllm_medusa.runner.v2.speculator import MedusaSpeculator
 from vllm_medusa.runner.v2.sampling import TreeVerifier
+from vllm_medusa.runner.v2.speculator import MedusaSpeculator
 
 READERS = ["v1/worker/gpu/*.py", "v1/worker/gpu/model_states/*.py", "v1/worker/gpu_worker.py"]
 

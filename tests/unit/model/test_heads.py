@@ -262,7 +262,10 @@ def test_a_truncated_vocabulary_is_mapped_to_the_targets_tokens(load: Load) -> N
     ("token_map", "said"),
     [
         (torch.arange(39), r"token_map must have shape \(40,\), got \(39,\)"),
-        (torch.arange(40) + VOCAB, r"token_map holds \[96, 97, 98\]...; it must hold 40 different tokens of the target's"),
+        (
+            torch.arange(40) + VOCAB,
+            r"token_map holds \[96, 97, 98\]...; it must hold 40 different tokens of the target's",
+        ),
         (torch.arange(40) - 1, r"token_map holds \[-1, 0, 1\]"),
         (torch.arange(40) // 2, r"token_map holds \[0, 0, 1\]...; it must hold 40 different tokens"),
     ],

@@ -52,6 +52,7 @@ class TreeSampler:
         self._metadata = replace(
             input_batch.sampling_metadata, spec_token_ids=[[] for _ in range(input_batch.num_reqs)]
         )
+        # As vLLM's sampler casts them; on CPUs the argmax of 16 bits also takes longer than both.
         self._argmax = sampler.greedy_sample(logits.float()).long() if is_plain_greedy(self._metadata) else None
 
     def __enter__(self) -> TreeSampler:

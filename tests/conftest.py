@@ -20,7 +20,7 @@ UNDER_TEST.install()
 
 
 ONE_BY_ONE = ("tests/integration/test_v2.py::", "tests/unit/test_triton_kernels.py::")
-"""Files whose tests run long, each in a process of its own, and share nothing."""
+"""Files of few long tests, each a process of its own, that share nothing; the first begins with its longest."""
 
 
 # Importing vLLM makes a million objects and hardly any garbage to look for among them.

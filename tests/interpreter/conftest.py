@@ -2,7 +2,7 @@
 """Tests of Triton kernels on a CPU, in Triton's interpreter.
 
 Triton decides at its import whether to interpret, for the whole process, so ``tests/unit/test_triton_kernels.py`` runs
-these files in processes of their own; elsewhere they are not collected.
+these files in a process of their own; elsewhere they are not collected.
 """
 
 from __future__ import annotations

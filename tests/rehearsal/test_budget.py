@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams, envs
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.worker.gpu.spec_decode import adaptive_verification
 from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
@@ -34,7 +34,7 @@ from vllm_medusa.runner.v2.budget import BudgetManager
 
 pytestmark = pytest.mark.both_runners
 MOST, TOKENS, NODES = 3, 9, 7
-SIZES = [1, 4, 8, 16]
+SIZES = [1, 8, 16]
 """Larger steps, of up to 24 rows, run eagerly, and so do those with prompts."""
 
 Curve = list[tuple[int, float]]
@@ -43,8 +43,13 @@ SEVERAL: Curve = [(rows, 1 + 0.25 * rows) for rows in range(1, 65)]
 NOTHING_PAYS: Curve = [(rows, float(rows)) for rows in range(1, 65)]
 
 TREES: dict[str, Tree] = {"dynamic": "dynamic"}
+QUICK_START: dict[str, Any] = {}
 if "triton" in UNDER_TEST.words:
     TREES = {"chain": "chain", "static": [3, 1]}
+    # With the other attention, and in test_cuda_worker.py, engines measure memory and warm up.
+    QUICK_START = {"kv_cache_memory_bytes": 1 << 26, "kernel_config": {"enable_jit_warmup": False}}
+
+with_one_tree = pytest.mark.skipif("triton" in UNDER_TEST.words, reason="asks nothing of attention or a tree's shape")
 
 
 @contextmanager
@@ -59,6 +64,7 @@ def fixed_costs(verification: Curve) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(AdaptiveVerificationManager, "set_initial_cost_curves", fixed))
         stack.enter_context(patch.object(adaptive_verification, "_PROFILE_REPLAYS", 1))
+        stack.enter_context(patch.object(envs, "VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN", 16))
         # Compiling it takes longer than all that it does here.
         eager = adaptive_verification._assign_draft_token_budget
         stack.enter_context(patch.object(adaptive_verification, "_assign_draft_token_budget_compiled", eager))
@@ -77,6 +83,7 @@ def rehearsed(target: Path, heads: Path, tree: Tree, budget: str | int, **option
         "speculative_config": {"num_speculative_tokens": NODES, "medusa_budget": budget},
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES},
         **OPTIONS,
+        **QUICK_START,
         **options,
     }
     with engine(target, heads=heads, tree=tree, **options) as llm:
@@ -172,6 +179,7 @@ def test_requests_of_all_kinds_share_a_batch(llm: LLM, plain: Plain) -> None:
     assert any(len(set(step)) > 1 for step in steps)
 
 
+@with_one_tree
 def test_what_was_accepted_of_late_is_learned(llm: LLM, plain: Plain) -> None:
     correction = model_runner(llm).speculator.correction
     correction.expected.zero_()
@@ -181,6 +189,7 @@ def test_what_was_accepted_of_late_is_learned(llm: LLM, plain: Plain) -> None:
     assert 0 < float(correction.expected[1]) <= MOST * TOKENS
 
 
+@with_one_tree
 def test_where_nothing_pays_nothing_is_verified_and_heads_are_hardly_asked(llm: LLM, plain: Plain) -> None:
     manager = manager_of(llm)
     manager.set_cost_curves([(1, 0.02)], NOTHING_PAYS)
@@ -199,6 +208,7 @@ def test_where_nothing_pays_nothing_is_verified_and_heads_are_hardly_asked(llm: 
     assert 0 < sum(asked) < len(asked) / 2
 
 
+@with_one_tree
 def test_a_number_is_the_most_nodes_of_all_requests_in_a_step(llm: LLM, plain: Plain) -> None:
     most = MOST + 1
     manager_of(llm).most = most

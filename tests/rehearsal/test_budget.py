@@ -71,8 +71,8 @@ def fixed_costs(verification: Curve) -> Iterator[None]:
         yield
 
 
-Batch = list[int]
-"""How many rows each request of a step has."""
+Batch = dict[str, int]
+"""How many rows each request of a step has, by the request's id."""
 
 
 @contextmanager
@@ -99,7 +99,8 @@ def batches(llm: LLM) -> Iterator[list[Batch]]:
     def prepare(*args: Any) -> Any:
         batch = prepare_inputs(*args)
         if batch.num_draft_tokens_per_req is not None:
-            found.append(batch.cu_num_logits.diff().tolist())
+            requests = [req_id.rsplit("-", 1)[0] for req_id in batch.req_ids]
+            found.append(dict(zip(requests, batch.cu_num_logits.diff().tolist(), strict=True)))
         return batch
 
     with patch.object(runner, "prepare_inputs", prepare):
@@ -113,6 +114,10 @@ class Plain:
     prompts: list[list[int]]
     greedy: list[list[int]]
     mixed: list[list[int]]
+
+
+UNLIMITED = (0, 2)
+"""Which of the mixed requests have no reason to verify less than a whole draft but the budget."""
 
 
 def mixed() -> list[SamplingParams]:
@@ -167,16 +172,18 @@ def test_texts_are_plain_where_lengths_change_from_step_to_step_and_request_to_r
     assert found == plain.greedy
     assert (spec_counters(llm) - before).accepted > 0
     assert sum(graph.replays for graph in graphs) > replays
-    assert any(len(set(step)) > 1 for step in steps)
-    assert len({sum(step) for step in steps if len(step) == MOST}) > 1
-    assert all(max(step) <= NODES + 1 for step in steps)
+    assert any(len(set(step.values()) - {1}) > 1 for step in steps)
+    assert len({sum(step.values()) for step in steps if len(step) == MOST}) > 1
+    assert all(max(step.values()) <= NODES + 1 for step in steps)
 
 
 def test_requests_of_all_kinds_share_a_batch(llm: LLM, plain: Plain) -> None:
     with batches(llm) as steps:
-        found = texts(generate(llm, plain.prompts, mixed()))
-    assert found == plain.mixed
-    assert any(len(set(step)) > 1 for step in steps)
+        outputs = generate(llm, plain.prompts, mixed())
+    assert texts(outputs) == plain.mixed
+    unlimited = [outputs[index].request_id for index in UNLIMITED]
+    num_nodes = model_runner(llm).speculator.proposer.tree.num_nodes
+    assert any(1 < step.get(request, 0) <= num_nodes for step in steps for request in unlimited)
 
 
 @with_one_tree
@@ -203,7 +210,7 @@ def test_where_nothing_pays_nothing_is_verified_and_heads_are_hardly_asked(llm: 
     with patch.object(manager, "asks_heads", noted), batches(llm) as steps:
         [found] = texts(generate(llm, plain.prompts[:1], greedy(4 * TOKENS)))
     assert found[:TOKENS] == plain.greedy[0]
-    assert {rows for step in steps for rows in step} == {1}
+    assert {rows for step in steps for rows in step.values()} == {1}
     print("\nasked:", asked)
     assert 0 < sum(asked) < len(asked) / 2
 
@@ -215,6 +222,6 @@ def test_a_number_is_the_most_nodes_of_all_requests_in_a_step(llm: LLM, plain: P
     with batches(llm) as steps:
         found = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
     assert found == plain.greedy
-    nodes = [sum(step) - len(step) for step in steps]
+    nodes = [sum(step.values()) - len(step) for step in steps]
     assert max(nodes) == most
-    assert any(len(set(step)) > 1 for step in steps)
+    assert any(len(set(step.values()) - {1}) > 1 for step in steps)

@@ -22,6 +22,12 @@ UNDER_TEST.install()
 ONE_BY_ONE = ("tests/integration/test_v2.py::", "tests/unit/test_triton_kernels.py::")
 """Files of few long tests, each a process of its own, that share nothing; the first begins with its longest."""
 
+TOGETHER = (
+    # Each test runs two ranks, for which two cores are just enough.
+    ("tests/e2e/test_ray.py::", "tests/e2e/test_tensor_parallel.py::"),
+)
+"""Files that one worker runs, one after the other."""
+
 
 # Importing vLLM makes a million objects and hardly any garbage to look for among them.
 gc.disable()
@@ -51,7 +57,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if nodeid.startswith(ONE_BY_ONE) else super()._split_scope(nodeid)
+            if nodeid.startswith(ONE_BY_ONE):
+                return nodeid
+            group = next((files for files in TOGETHER if nodeid.startswith(files)), None)
+            return group[0] if group else super()._split_scope(nodeid)
 
     return Scheduling(config, log)
 

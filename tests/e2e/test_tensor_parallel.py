@@ -7,19 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.parallel import decode, no_process_left
+from tests.e2e.parallel import Decoded, decode, no_process_left
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
-@pytest.mark.parametrize("heads", ["tiny_heads", "tiny_sequential_heads"])
 def test_two_ranks_say_what_one_says_and_grow_the_same_trees(
-    heads: str, tiny_target: Path, four_prompts: list[list[int]], request: pytest.FixtureRequest
+    tiny_target: Path, tiny_sequential_heads: Path, four_prompts: list[list[int]]
 ) -> None:
-    trained = request.getfixturevalue(heads)
-    alone = decode(tiny_target, trained, four_prompts, "dynamic")
+    alone = decode(tiny_target, tiny_sequential_heads, four_prompts, "dynamic")
     assert alone.counters.accepted > 0
     with no_process_left():
         together = decode(
-            tiny_target, trained, four_prompts, "dynamic", tensor_parallel_size=2, distributed_executor_backend="mp"
+            tiny_target,
+            tiny_sequential_heads,
+            four_prompts,
+            "dynamic",
+            tensor_parallel_size=2,
+            distributed_executor_backend="mp",
         )
     assert together == alone
 
@@ -27,12 +32,12 @@ def test_two_ranks_say_what_one_says_and_grow_the_same_trees(
 def test_ranks_with_a_budget_measure_together_and_say_what_one_says(
     tiny_target: Path,
     tiny_heads: Path,
+    alone: Decoded,
     four_prompts: list[list[int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    alone = decode(tiny_target, tiny_heads, four_prompts, "dynamic")
     with no_process_left():
         together = decode(
             tiny_target,

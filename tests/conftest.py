@@ -25,6 +25,8 @@ ONE_BY_ONE = ("tests/integration/test_v2.py::", "tests/unit/test_triton_kernels.
 TOGETHER = (
     # Each test runs two ranks, for which two cores are just enough.
     ("tests/e2e/test_ray.py::", "tests/e2e/test_tensor_parallel.py::"),
+    # They share a server.
+    ("tests/e2e/test_distill_server.py::", "tests/e2e/test_serve.py::"),
 )
 """Files that one worker runs, one after the other."""
 

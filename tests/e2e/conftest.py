@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of several ranks decode, and how."""
+"""What files of tests share: a server, and what several ranks decode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,25 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.e2e.parallel import Decoded
+    from tests.e2e.server import Server
+
+
+@pytest.fixture(scope="package")
+def chat_target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target with a chat template."""
+    from tests.integration.distillation import write_chat_target
+
+    return write_chat_target(tiny_target, tmp_path_factory.mktemp("chat") / "target")
+
+
+@pytest.fixture(scope="package")
+def server(chat_target: Path, tiny_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose every draft has 15 nodes: what a budget verifies depends on how busy the machine is."""
+    from tests.e2e.server import serve
+
+    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": "dynamic", "medusa_budget": "off"}
+    with serve(chat_target, medusa | {"num_speculative_tokens": 15}, tmp_path_factory.mktemp("serve")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

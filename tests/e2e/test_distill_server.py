@@ -4,20 +4,13 @@ from an engine in the process of the test, which decodes plainly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.e2e.server import MODEL, Server, serve
-from tests.integration.distillation import (
-    DIALOGUE,
-    SharedEngineTarget,
-    read_back,
-    write_chat_target,
-    write_lines,
-)
+from tests.e2e.server import MODEL, Server
+from tests.integration.distillation import DIALOGUE, SharedEngineTarget, read_back, write_lines
 from tests.integration.engines import engine
 from vllm_medusa.data.record_files import BadLineCounter, BadLineError, BadLines
 from vllm_medusa.data.records import Record
@@ -27,11 +20,6 @@ from vllm_medusa.distillation.run import DistillConfig, distill
 from vllm_medusa.distillation.served_target import ServedTarget
 
 CONTEXT = 256
-
-
-@pytest.fixture(scope="module")
-def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_target(tiny_target, tmp_path_factory.mktemp("chat") / "target")
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +35,14 @@ def run(target: Target, style: PromptStyle, prompts: Path, output: Path) -> list
 
 
 @pytest.fixture(scope="module")
-def offline(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[PromptStyle, list[Record]]:
+def offline(
+    chat_target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[PromptStyle, list[Record]]:
     """What an engine in this process says, in each style."""
     output = tmp_path_factory.mktemp("offline")
-    with engine(target, skip_tokenizer_init=False, max_model_len=CONTEXT) as llm:
-        on_engine = SharedEngineTarget(llm, AutoTokenizer.from_pretrained(target))
+    with engine(chat_target, skip_tokenizer_init=False, max_model_len=CONTEXT) as llm:
+        on_engine = SharedEngineTarget(llm, AutoTokenizer.from_pretrained(chat_target))
         return {style: run(on_engine, style, prompts, output / style) for style in PromptStyle}
-
-
-@pytest.fixture(scope="module")
-def server(
-    target: Path,
-    tiny_heads: Path,
-    offline: dict[PromptStyle, list[Record]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
-    """A server, started after the engine in this process is closed."""
-    # What a budget verifies depends on how busy the machine is; the counters are to rise in any case.
-    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": "dynamic", "medusa_budget": "off"}
-    with serve(target, medusa, tmp_path_factory.mktemp("serve")) as server:
-        yield server
 
 
 @pytest.mark.parametrize("style", PromptStyle)
@@ -80,12 +56,12 @@ def test_a_server_s_records_are_those_of_an_own_engine(
     assert all(getattr(record, "tokens", ()) for record in served)
 
 
-def test_a_server_writes_raw_text_as_an_own_engine_does(server: Server, target: Path) -> None:
-    opening = tuple(AutoTokenizer.from_pretrained(target)("def ")["input_ids"])
+def test_a_server_writes_raw_text_as_an_own_engine_does(server: Server, chat_target: Path) -> None:
+    opening = tuple(AutoTokenizer.from_pretrained(chat_target)("def ")["input_ids"])
     requests = [TextRequest(opening, ":", 1.0, 0.9, max_tokens=12, seed=seed) for seed in range(5)]
     written = ServedTarget(f"{server.url}/v1", MODEL, concurrency=1).write(requests, lambda text: None)
-    with engine(target, skip_tokenizer_init=False, max_model_len=CONTEXT) as llm:
-        on_engine = SharedEngineTarget(llm, AutoTokenizer.from_pretrained(target))
+    with engine(chat_target, skip_tokenizer_init=False, max_model_len=CONTEXT) as llm:
+        on_engine = SharedEngineTarget(llm, AutoTokenizer.from_pretrained(chat_target))
         assert written == on_engine.write(requests, lambda text: None)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ import openai
 import pytest
 from vllm import SamplingParams
 
-from tests.e2e.server import MODEL, Server, command, environment, free_port, serve
-from tests.integration.distillation import write_chat_target
+from tests.e2e.server import MODEL, Server, command, environment, free_port
 from tests.integration.engines import engine
 from tests.unit.refusals.heads import malicious
 
@@ -47,19 +45,13 @@ class Plain:
 
 
 @pytest.fixture(scope="module")
-def target(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny target with a chat template."""
-    return write_chat_target(tiny_target, tmp_path_factory.mktemp("chat") / "target")
-
-
-@pytest.fixture(scope="module")
 def prompts(held_out_prompts: list[list[int]]) -> list[list[int]]:
     return held_out_prompts[:8]
 
 
 @pytest.fixture(scope="module")
-def plain(target: Path, prompts: list[list[int]]) -> Plain:
-    with engine(target, skip_tokenizer_init=False, max_model_len=256) as llm:
+def plain(chat_target: Path, prompts: list[list[int]]) -> Plain:
+    with engine(chat_target, skip_tokenizer_init=False, max_model_len=256) as llm:
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         parameters = {name: SamplingParams(max_tokens=TOKENS, **params) for name, params in REQUESTS.items()}
         return Plain(
@@ -74,14 +66,6 @@ def plain(target: Path, prompts: list[list[int]]) -> Plain:
 @pytest.fixture(scope="module")
 def plain_texts(plain: Plain) -> dict[str, list[str]]:
     return plain.texts
-
-
-@pytest.fixture(scope="module")
-def server(target: Path, tiny_heads: Path, plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server, started after the engine in this process is closed."""
-    medusa = {"method": "medusa", "model": str(tiny_heads), "medusa_tree": [3, 2, 1], "medusa_budget": "off"}
-    with serve(target, medusa, tmp_path_factory.mktemp("serve")) as server:
-        yield server
 
 
 @pytest.mark.parametrize("name", REQUESTS)

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.both_runners,
     pytest.mark.skipif(not UNDER_TEST.is_v2, reason="V1 serves CPUs, whose results are on the host"),
 ]
+TOKENS = 7
 STAGES = {"plan": 1, "verification": 1, "commit": 1, "proposal": 2, "other": 2}
 STATIC = {**STAGES, "graph": 10}
 DYNAMIC = {**STAGES, "graph": 29}
@@ -55,7 +56,7 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
     request: pytest.FixtureRequest,
 ) -> None:
     trained = request.getfixturevalue(heads)
-    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=12, ignore_eos=True, detokenize=False)
+    seeded = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     steps: list[Counter[str]] = []
     with engine(tiny_target, heads=trained, tree=tree, max_num_batched_tokens=128) as llm, recorded_graphs():
         runner, watch = model_runner(llm), Watch(stage="other", whole=frozenset({"proposal"}))
@@ -83,7 +84,7 @@ def test_a_step_launches_few_kernels_and_waits_for_none(
 
         runner.prepare_inputs = counted
         with watch, watch.kernels(), watch.reads():
-            generate(llm, held_out_prompts[:3], [greedy(12), seeded, greedy(12)])
+            generate(llm, held_out_prompts[:3], [greedy(TOKENS), seeded, greedy(TOKENS)])
         assert spec_counters(llm).accepted > 0
     assert not watch.waits
     each = [after - before for before, after in pairwise(steps)]

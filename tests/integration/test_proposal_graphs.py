@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from vllm import LLM
 from vllm.config.compilation import CUDAGraphMode
 
-from tests.integration.engines import Tree, engine, generate, greedy, model_runner
+from tests.integration.engines import engine, generate, greedy, model_runner
 from tests.integration.recorded_graphs import recorded_graphs
 from tests.under_test import UNDER_TEST
 from vllm_medusa.runner.v2.model_runner import MedusaModelRunner
@@ -44,52 +45,49 @@ def num_replays(graphs: ProposalGraphs) -> list[int]:
     return [graph.replays for _, graph in sorted(graphs.graphs.items(), key=lambda each: each[0].num_tokens)]
 
 
-@pytest.mark.parametrize(
-    ("tree", "heads"),
-    [([3, 2, 1], "tiny_heads"), ("dynamic", "tiny_heads"), ("dynamic", "tiny_sequential_heads")],
+@pytest.fixture(
+    scope="module",
+    params=[([3, 2, 1], "tiny_heads"), ("dynamic", "tiny_heads"), ("dynamic", "tiny_sequential_heads")],
     ids=["static", "dynamic", "sequential"],
 )
-def test_replayed_proposals_are_those_of_the_heads(
-    tree: Tree, heads: str, tiny_target: Path, held_out_prompts: list[list[int]], request: pytest.FixtureRequest
-) -> None:
-    torch.manual_seed(0)
-    prompts = held_out_prompts[:3]
+def llm(tiny_target: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    tree, heads = request.param
     options = {"heads": request.getfixturevalue(heads), "tree": tree, "max_num_batched_tokens": 128}
     with engine(tiny_target, **options) as llm, recorded_graphs():
-        runner = model_runner(llm)
-        expected = texts(llm, prompts)
-        graphs = capture(runner)
-        proposer = runner.speculator.proposer
-        for num_reqs in (1, 3, 2, 4):
-            hidden, roots = graphs.buffers.hidden[:num_reqs].normal_(), graphs.buffers.roots[:num_reqs].random_(90)
-            replayed, drafts = graphs.replay(num_reqs), proposer.propose(hidden, roots)
-            assert replayed is not None
-            for name in ("tokens", "parents", "lengths"):
-                assert torch.equal(getattr(replayed, name), getattr(drafts, name))
-        assert graphs.replay(5) is None
-        assert num_replays(graphs) == [1, 1, 2]
-        assert texts(llm, prompts) == expected
-        assert num_replays(graphs)[2] > 3
+        yield llm
 
 
-def test_a_replayed_proposal_waits_in_the_states_of_its_requests(tiny_target: Path, tiny_heads: Path) -> None:
-    with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm, recorded_graphs():
-        runner = model_runner(llm)
-        graphs, speculator = capture(runner), runner.speculator
-        hidden = torch.randn(2, runner.model_config.get_hidden_size())
-        batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
-        arguments = (batch, {}, {}, hidden, None, None, None, roots := torch.zeros(2, dtype=torch.int64))
-        speculator.stopped_at = torch.tensor([1, 0])
-        tokens = speculator.propose(*arguments)
-        drafts = speculator.proposer.propose(hidden.flip(0), roots)
-        assert torch.equal(tokens, drafts.tokens)
-        assert torch.equal(speculator.drafts.by_state[:2], drafts.parents.flip(0))
-        assert num_replays(graphs) == [0, 1, 0]
+def test_proposals_are_those_of_the_heads_with_graphs_and_without(llm: LLM, held_out_prompts: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    prompts, runner = held_out_prompts[:3], model_runner(llm)
+    eager = runner.speculator.graphs
+    assert eager is not None
+    assert not eager.needs_capture()
+    assert eager.replay(1) is None
+    expected = texts(llm, prompts)
+    graphs = capture(runner)
+    proposer = runner.speculator.proposer
+    for num_reqs in (1, 3, 2, 4):
+        hidden, roots = graphs.buffers.hidden[:num_reqs].normal_(), graphs.buffers.roots[:num_reqs].random_(90)
+        replayed, drafts = graphs.replay(num_reqs), proposer.propose(hidden, roots)
+        assert replayed is not None
+        for name in ("tokens", "parents", "lengths"):
+            assert torch.equal(getattr(replayed, name), getattr(drafts, name))
+    assert graphs.replay(5) is None
+    assert num_replays(graphs) == [1, 1, 2]
+    assert texts(llm, prompts) == expected
+    assert num_replays(graphs)[2] > 3
 
 
-def test_an_engine_without_graphs_proposes_eagerly(tiny_target: Path, tiny_heads: Path) -> None:
-    with engine(tiny_target, heads=tiny_heads, tree=[3, 2, 1], max_num_batched_tokens=128) as llm:
-        graphs = model_runner(llm).speculator.graphs
-        assert graphs is not None
-        assert not graphs.needs_capture()
-        assert graphs.replay(1) is None
+def test_a_replayed_proposal_waits_in_the_slots_of_its_requests(llm: LLM) -> None:
+    runner = model_runner(llm)
+    graphs, speculator = capture(runner), runner.speculator
+    hidden = torch.randn(2, runner.model_config.get_hidden_size())
+    batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
+    arguments = (batch, {}, {}, hidden, None, None, None, roots := torch.zeros(2, dtype=torch.int64))
+    speculator.stopped_at = torch.tensor([1, 0])
+    tokens = speculator.propose(*arguments)
+    drafts = speculator.proposer.propose(hidden.flip(0), roots)
+    assert torch.equal(tokens, drafts.tokens)
+    assert torch.equal(speculator.drafts.by_slot[:2], drafts.parents.flip(0))
+    assert num_replays(graphs) == [0, 1, 0]

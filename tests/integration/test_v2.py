@@ -15,7 +15,6 @@ REPOSITORY = Path(__file__).parents[2]
 RUNS = {
     "v2 triton async": [
         "test_launches.py",
-        "test_proposal_graphs.py",
         "test_exactness.py",
         "test_dynamic_trees.py",
         "test_sequential_heads.py",
@@ -27,6 +26,7 @@ RUNS = {
         "test_sampling.py",
         "test_logprobs.py",
         "test_worker_life.py",
+        "test_proposal_graphs.py",
         "test_plugin_off.py",
         "../unit/refusals/test_refusals.py",
     ],

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 Size = TypeVar("Size")
 
@@ -64,23 +65,34 @@ def on(v1: Size, v2: Size, triton: Size | None = None) -> Size:
     return v2 if UNDER_TEST.is_v2 else v1
 
 
-def _gpu_attention(flash: bool) -> AbstractContextManager[None]:
+@contextmanager
+def _gpu_attention(flash: bool) -> Iterator[None]:
     """Give every layer the attention that GPUs have: the CPU platform knows one backend, so that one is overridden."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from vllm_medusa.attention.triton import ops
     from vllm_medusa.attention.triton.flash_backend import TreeFlashAttentionBackend
     from vllm_medusa.attention.triton.triton_backend import TreeTritonAttentionBackend
     from vllm_medusa.compat.backends import overridden
     from vllm_medusa.kv_cache.kernel_commit import KernelCommit
     from vllm_medusa.runner.v2 import cpu_model_runner
 
+    choose_tiling = ops.choose_tiling
+
+    def choose_few_blocks(tokens: int, reqs: int, most: int, heads: int, kv_heads: int, *rest: Any, **own: Any) -> Any:
+        """Give a program as many rows as it may have: the interpreter takes as long for few."""
+        tiling = choose_tiling(tokens, reqs, most, heads, kv_heads, *rest, **own)
+        rows = min(ops.next_power_of_2(most * heads // kv_heads), ops.MAX_BLOCK_ROWS)
+        return replace(tiling, block_rows=max(tiling.block_rows, rows))
+
     # vLLM's cache-write kernel asks what its device can do before it chooses a tile.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     cpu_model_runner.MedusaModelRunner.tree_attention_selected = staticmethod(nullcontext)
     cpu_model_runner.MedusaModelRunner.commit_class = KernelCommit
     backend = TreeFlashAttentionBackend if flash else TreeTritonAttentionBackend
-    return overridden({AttentionBackendEnum.CPU_ATTN: backend})
+    with patch.object(ops, "choose_tiling", choose_few_blocks), overridden({AttentionBackendEnum.CPU_ATTN: backend}):
+        yield
 
 
 def _allow_async_scheduling() -> None:

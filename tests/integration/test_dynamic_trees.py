@@ -45,7 +45,7 @@ CODES = on(v1=4, v2=1)
 CODE = SamplingParams(
     temperature=0,
     max_tokens=on(v1=24, v2=8),
-    structured_outputs=StructuredOutputsParams(regex=r"([^;]{7};){9}"),
+    structured_outputs=StructuredOutputsParams(regex=r"([^;]{2};){9}"),
     detokenize=True,
 )
 OPTIONS: dict[str, Any] = {

@@ -29,6 +29,12 @@ TOGETHER = (
     ("tests/e2e/test_ray.py::", "tests/e2e/test_tensor_parallel.py::"),
     # They share a server.
     ("tests/e2e/test_distill_server.py::", "tests/e2e/test_serve.py::"),
+    # They compare with the same texts.
+    (
+        "tests/integration/test_budget.py::",
+        "tests/integration/test_dynamic_trees.py::",
+        "tests/integration/test_sequential_heads.py::",
+    ),
 )
 """Files that one worker runs, one after the other."""
 

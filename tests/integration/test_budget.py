@@ -52,11 +52,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_target: Path, held_out_prompts: list[list[int]]) -> Plain:
-    return Plain(tiny_target, held_out_prompts)
-
-
-@pytest.fixture(scope="module")
 def decode(plain: Plain, tiny_target: Path, tiny_heads: Path) -> Callable[..., Run]:
     def run(tree: Any, budget: str | int) -> Run:
         return Run(plain, tiny_target, tiny_heads, tree, medusa_budget=budget)

@@ -115,11 +115,6 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_target: Path, held_out_prompts: list[list[int]]) -> Plain:
-    return Plain(tiny_target, held_out_prompts)
-
-
-@pytest.fixture(scope="module")
 def run(plain: Plain, tiny_target: Path, tiny_heads: Path) -> Run:
     return Run(plain, tiny_target, tiny_heads, "dynamic", medusa_min_probability=0.0)
 

@@ -15,11 +15,6 @@ from tests.under_test import UNDER_TEST, on
 TREES: list[Any] = on(v1=["chain", "sparse", "dynamic"], v2=["dynamic"], triton=["dynamic"])
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_target: Path, held_out_prompts: list[list[int]]) -> Plain:
-    return Plain(tiny_target, held_out_prompts)
-
-
 @pytest.mark.both_runners
 @pytest.mark.parametrize("tree", TREES)
 def test_texts_equal_those_without_speculation(

@@ -28,7 +28,7 @@ from tests.under_test import UNDER_TEST, on
 from vllm_medusa.structured_output.tokens import TreeTokens
 
 PROMPTS, TOKENS, MOST = on(v1=(40, 56, 6), v2=(3, 9, 3), triton=(3, 7, 3))
-NODES = on(v1=15, v2=7)
+NODES, LONGEST = on(v1=(15, 96), v2=(7, 10))
 SEEDED = [
     SamplingParams(
         temperature=0.8,
@@ -58,7 +58,7 @@ class Plain:
     """What stock vLLM says."""
 
     def __init__(self, target: Path, prompts: list[list[int]]) -> None:
-        self.prompts = prompts[:PROMPTS]
+        self.prompts = [prompt[:LONGEST] for prompt in prompts[:PROMPTS]]
         with engine(target, max_num_seqs=64, **OPTIONS) as llm:
             self.greedy = texts(generate(llm, self.prompts, greedy(TOKENS)))
             self.seeded = texts(generate(llm, self.prompts[: len(SEEDED)], SEEDED))

@@ -12,7 +12,7 @@ from tests.integration.engines import engine, generate, generate_staggered, gree
 from tests.integration.test_dynamic_trees import CODE, CODES, MOST, NODES, OPTIONS, SEEDED, TOKENS, Plain
 from tests.under_test import UNDER_TEST, on
 
-TREES: list[Any] = on(v1=["chain", "sparse", "dynamic"], v2=["dynamic"], triton=["dynamic"])
+TREES: list[Any] = on(v1=["chain", "sparse", "dynamic"], v2=["dynamic"])
 
 
 @pytest.mark.both_runners

@@ -17,7 +17,6 @@ RUNS = {
         "test_launches.py",
         "test_exactness.py",
         "test_dynamic_trees.py",
-        "test_sequential_heads.py",
     ],
     "v2 cuda triton": ["../rehearsal/test_cuda_worker.py", "../rehearsal/test_budget.py"],
     "v2": [
@@ -35,7 +34,7 @@ RUNS = {
         "../rehearsal/test_cuda_worker.py",
         "../rehearsal/test_budget.py",
     ],
-    "v2 async": ["test_scheduler_life.py"],
+    "v2 async": ["test_scheduler_life.py", "test_sequential_heads.py"],
 }
 """For each engine (see ``tests.under_test``), the files whose tests hold on both runners; what takes longest first."""
 

@@ -29,6 +29,12 @@ TOGETHER = (
     ("tests/e2e/test_ray.py::", "tests/e2e/test_tensor_parallel.py::"),
     # They share a server.
     ("tests/e2e/test_distill_server.py::", "tests/e2e/test_serve.py::"),
+    # They fork from one process that has imported what takes long.
+    (
+        "tests/e2e/test_distill_resume.py::",
+        "tests/e2e/test_train_distributed.py::",
+        "tests/e2e/test_train_resume.py::",
+    ),
     # They compare with the same texts.
     (
         "tests/integration/test_budget.py::",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +93,22 @@ class CodeRun:
         return cls(texts(outputs), sum(taken), [draft for draft in drafts if isinstance(draft, TreeTokens)])
 
 
+@contextmanager
+def engine_with_trees(target: Path, heads: Path, tree: str, **speculative: Any) -> Iterator[LLM]:
+    """One whose steps are too small for all prompts and drafts."""
+    options: dict[str, Any] = {
+        "speculative_config": {"num_speculative_tokens": NODES, **speculative},
+        "max_num_batched_tokens": MOST * (NODES + 1) - NODES // 2,
+    }
+    with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm:
+        yield llm
+
+
 class Run:
     """What an engine with trees says in batches that mix, and how."""
 
     def __init__(self, plain: Plain, target: Path, heads: Path, tree: str, **speculative: Any) -> None:
-        options: dict[str, Any] = {
-            "speculative_config": {"num_speculative_tokens": NODES, **speculative},
-            "max_num_batched_tokens": MOST * (NODES + 1) - NODES // 2,
-        }
-        with engine(target, heads=heads, tree=tree, **options, **OPTIONS) as llm:
+        with engine_with_trees(target, heads, tree, **speculative) as llm:
             with recorded_steps(llm) as steps:
                 self.texts = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
             self.counters: SpecCounters = spec_counters(llm)
@@ -175,10 +184,11 @@ def test_improbable_paths_are_not_drafted(probable: Run, run: Run) -> None:
 def test_a_dynamic_tree_accepts_more_than_a_sparse_one_of_as_many_nodes(
     run: Run, plain: Plain, tiny_target: Path, tiny_heads: Path
 ) -> None:
-    sparse = Run(plain, tiny_target, tiny_heads, "sparse")
-    assert sparse.texts == plain.greedy
-    print("\nacceptance length:", sparse.counters.acceptance_length, run.counters.acceptance_length)
-    assert run.counters.acceptance_length > sparse.counters.acceptance_length
+    with engine_with_trees(tiny_target, tiny_heads, "sparse") as llm:
+        assert texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST)) == plain.greedy
+        sparse = spec_counters(llm)
+    print("\nacceptance length:", sparse.acceptance_length, run.counters.acceptance_length)
+    assert run.counters.acceptance_length > sparse.acceptance_length
 
 
 def test_the_trees_of_requests_that_have_ended_are_forgotten(either: Run) -> None:

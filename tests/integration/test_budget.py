@@ -73,35 +73,34 @@ def assert_texts_are_plain(run: Run, plain: Plain) -> None:
     assert run.code.texts[1::2] == plain.greedy[:CODES]
 
 
-@on_v1
-@pytest.mark.parametrize("tree", ["dynamic", [3, 2, 1]], ids=["dynamic", "static"])
-def test_texts_are_plain_where_lengths_change_from_step_to_step(
-    tree: Any, plain: Plain, decode: Callable[..., Run]
-) -> None:
+@pytest.fixture(scope="module", params=["dynamic", [3, 2, 1]], ids=["dynamic", "static"])
+def cut(decode: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
+    """What an engine says whose budget cuts drafts to several nodes."""
     with fixed_costs(SEVERAL):
-        run = decode(tree, "auto")
-    assert_texts_are_plain(run, plain)
-    lengths = {len(draft) for step in run.steps for draft in step.scheduled_spec_decode_tokens.values()}
+        return decode(request.param, "auto")
+
+
+@on_v1
+def test_texts_are_plain_where_lengths_change_from_step_to_step(cut: Run, plain: Plain) -> None:
+    assert_texts_are_plain(cut, plain)
+    lengths = {len(draft) for step in cut.steps for draft in step.scheduled_spec_decode_tokens.values()}
     assert len(lengths) > 2
     drafted = [
         sum(map(len, step.scheduled_spec_decode_tokens.values())) / len(step.num_scheduled_tokens)
         for most in (range(1, 2), range(MOST - 1, MOST + 1))
-        for step in run.steps
+        for step in cut.steps
         if len(step.num_scheduled_tokens) in most and step.scheduled_spec_decode_tokens
     ]
     assert len(set(drafted)) > 5
-    assert run.counters.accepted > 0
+    assert cut.counters.accepted > 0
 
 
 @on_v1
-def test_a_request_alone_verifies_more_nodes_than_each_of_many(decode: Callable[..., Run]) -> None:
-    with fixed_costs(SEVERAL):
-        steps = decode("dynamic", "auto").steps
-
+def test_a_request_alone_verifies_more_nodes_than_each_of_many(cut: Run) -> None:
     def nodes_each(requests: int) -> float:
         drafts = [
             len(step.scheduled_spec_decode_tokens.get(each, []))
-            for step in steps
+            for step in cut.steps
             if len(step.num_scheduled_tokens) == requests and not step.scheduled_new_reqs
             for each in step.num_scheduled_tokens
         ]

@@ -62,6 +62,18 @@ InterpreterBuilder.create_masked_store = store_under_any_mask
 interpreter._patch_lang(store_under_any_mask)
 interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
+convert, converted = interpreter._get_np_dtype, {}
+
+
+def numpy_type(dtype: Any) -> Any:
+    """Look a type up once: the interpreter makes a table of all types for each operation."""
+    if dtype.name not in converted:
+        converted[dtype.name] = convert(dtype)
+    return converted[dtype.name]
+
+
+interpreter._get_np_dtype = numpy_type
+
 # The interpreter cannot run this one kernel; vLLM's PyTorch version gives the same tokens.
 from vllm.v1.sample.ops import topk_topp_sampler  # noqa: E402
 

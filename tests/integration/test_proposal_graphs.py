@@ -79,7 +79,7 @@ def test_proposals_are_those_of_the_heads_with_graphs_and_without(llm: LLM, held
     assert num_replays(graphs)[2] > 3
 
 
-def test_a_replayed_proposal_waits_in_the_slots_of_its_requests(llm: LLM) -> None:
+def test_a_replayed_proposal_waits_in_the_states_of_its_requests(llm: LLM) -> None:
     runner = model_runner(llm)
     graphs, speculator = capture(runner), runner.speculator
     hidden = torch.randn(2, runner.model_config.get_hidden_size())
@@ -89,5 +89,5 @@ def test_a_replayed_proposal_waits_in_the_slots_of_its_requests(llm: LLM) -> Non
     tokens = speculator.propose(*arguments)
     drafts = speculator.proposer.propose(hidden.flip(0), roots)
     assert torch.equal(tokens, drafts.tokens)
-    assert torch.equal(speculator.drafts.by_slot[:2], drafts.parents.flip(0))
+    assert torch.equal(speculator.drafts.by_state[:2], drafts.parents.flip(0))
     assert num_replays(graphs) == [0, 1, 0]

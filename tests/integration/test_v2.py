@@ -34,6 +34,7 @@ RUNS = {
         "../rehearsal/test_graphs.py",
         "../rehearsal/test_cuda_worker.py",
         "../rehearsal/test_budget.py",
+        "../rehearsal/test_ranks.py",
     ],
     "v2 async": ["test_scheduler_life.py", "test_sequential_heads.py"],
 }

@@ -65,6 +65,7 @@ def cuda_worker() -> Iterator[dict[str, Any]]:
     What of the worker's life is left out: torch.compile and with it piecewise graphs, the tuning of CUDA libraries
     (``kernel_warmup``), NCCL.
     """
+    from vllm.distributed.parallel_state import GroupCoordinator
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.cpu import shm  # noqa: F401
@@ -94,6 +95,11 @@ def cuda_worker() -> Iterator[dict[str, Any]]:
                 Platform._global_graph_pool = object()
             return Platform._global_graph_pool
 
+    @contextmanager
+    def capture_of_group(group: Any, context: Any) -> Iterator[Any]:
+        """Let a group of ranks capture as one rank does: what joins them here needs no preparation, as NCCL does."""
+        yield context
+
     def check_and_update_config(vllm_config: Any) -> None:
         scheduler, compilation = vllm_config.scheduler_config, vllm_config.compilation_config
         wanted = scheduler.async_scheduling, compilation.cudagraph_capture_sizes
@@ -106,7 +112,7 @@ def cuda_worker() -> Iterator[dict[str, Any]]:
 
     stock_check, stock_init = CpuPlatform.check_and_update_config, gpu_worker.Worker.__init__
     accelerator = {
-        "device_count": lambda: 1,
+        "device_count": lambda: 2,
         "get_memory_info": lambda *_: (MEMORY, MEMORY),
         "max_memory_allocated": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
@@ -125,6 +131,7 @@ def cuda_worker() -> Iterator[dict[str, Any]]:
         stack.enter_context(patch.object(gpu_worker, "torch", _torch_with_devices_on_the_cpu()))
         stack.enter_context(patch.object(gpu_worker, "current_platform", Platform()))
         stack.enter_context(patch.object(cudagraph_utils, "current_platform", Platform()))
+        stack.enter_context(patch.object(GroupCoordinator, "graph_capture", capture_of_group))
         stack.enter_context(patch.object(gpu_worker, "kernel_warmup", lambda worker: None))
         stack.enter_context(patch.object(gpu_worker.Worker, "__init__", init_worker))
         stack.enter_context(patch.object(CpuPlatform, "support_static_graph_mode", lambda *_: True))

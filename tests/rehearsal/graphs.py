@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed import Work
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -101,6 +102,8 @@ class RecordedGraph:
                 for output, result in zip(call.outputs, made, strict=False):
                     if output is not None:
                         output.tensor().copy_(result)
+                    elif isinstance(result, torch.ScriptObject):  # What other ranks take part in.
+                        Work.unbox(result).wait()
 
     def reset(self) -> None:
         self.calls.clear()

@@ -40,7 +40,7 @@ SIZES = [1, 8, 16]
 Curve = list[tuple[int, float]]
 SEVERAL: Curve = [(rows, 1 + 0.25 * rows) for rows in range(1, 65)]
 """With these a node pays that is more probable than not, roughly; how many there are differs from step to step."""
-NOTHING_PAYS: Curve = [(rows, float(rows)) for rows in range(1, 65)]
+NOTHING_PAYS: Curve = [(rows, float(rows**2)) for rows in range(1, 65)]
 
 TREES: dict[str, Tree] = {"dynamic": "dynamic"}
 QUICK_START: dict[str, Any] = {}

@@ -166,6 +166,7 @@ def manager_of(llm: LLM) -> BudgetManager:
 def test_texts_are_plain_where_lengths_change_from_step_to_step_and_request_to_request(llm: LLM, plain: Plain) -> None:
     graphs = model_runner(llm).cudagraph_manager.graphs.values()
     before, replays = spec_counters(llm), sum(graph.replays for graph in graphs)
+    manager_of(llm).tally.take()
     with noise_between_steps(llm), batches(llm) as steps:
         found = texts(generate_staggered(llm, plain.prompts, greedy(TOKENS), most=MOST))
     print("\nrows:", steps)
@@ -175,6 +176,10 @@ def test_texts_are_plain_where_lengths_change_from_step_to_step_and_request_to_r
     assert any(len(set(step.values()) - {1}) > 1 for step in steps)
     assert len({sum(step.values()) for step in steps if len(step) == MOST}) > 1
     assert all(max(step.values()) <= NODES + 1 for step in steps)
+    tally = manager_of(llm).tally
+    assert tally.chosen == sum(sum(step.values()) - len(step) for step in steps)
+    assert 0 < tally.chosen < tally.drafted
+    assert 0 < tally.asked <= tally.steps
 
 
 def test_requests_of_all_kinds_share_a_batch(llm: LLM, plain: Plain) -> None:

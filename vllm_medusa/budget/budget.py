@@ -91,7 +91,8 @@ class Budget:
             chosen = count_most_probable(self._corrected_probabilities, lengths, self.most)
         else:
             chosen = self._choose(self._corrected_probabilities, lengths, len(self._draft_index))
-        self.tally.chose(int(lengths.sum()), int(chosen.sum()))
+        self.tally.asked_for(int(lengths.sum()))
+        self.tally.chose(int(chosen.sum()))
         return drafts.cut(chosen)
 
     def _choose(

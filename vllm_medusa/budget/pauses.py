@@ -9,7 +9,7 @@ from dataclasses import dataclass
 PATIENCE = 3
 """Drafts in a row of which nothing is verified before the heads pause."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 4, 128
+FIRST_PAUSE, LONGEST_PAUSE = 16, 128
 """Steps; each pause is twice as long as the last one. After the longest ones, asking costs a 128th of its price."""
 
 MARGIN = 0.03

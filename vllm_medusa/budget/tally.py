@@ -26,7 +26,8 @@ class Tally:
         requests: requests of all steps.
         drafted: nodes that the heads drafted for them.
         chosen: nodes that the budget let through.
-        nodes: ``[BINS]``, int64: verified nodes, by the probability that the budget expected of them.
+        nodes: ``[BINS]``, int64: verified nodes, by the probability that the budget expected of them; 0 where only the
+            device knows it.
         expected: ``[BINS]``, float64: the sum of these probabilities.
         accepted: ``[BINS]``, int64: how many of the nodes were accepted.
 
@@ -46,11 +47,14 @@ class Tally:
         self.steps += 1
         self.requests += num_reqs
 
-    def chose(self, drafted: int, chosen: int) -> None:
-        """Note how many of a step's drafted nodes were chosen."""
+    def asked_for(self, drafted: int) -> None:
+        """Note that a step's heads were asked, and how many nodes they drafted."""
         self.asked += 1
         self.drafted += drafted
-        self.chosen += chosen
+
+    def chose(self, num_nodes: int) -> None:
+        """Note how many drafted nodes a step was let verify."""
+        self.chosen += num_nodes
 
     def verified(
         self,

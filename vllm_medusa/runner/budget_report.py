@@ -15,9 +15,11 @@ from functools import cache
 from prometheus_client import Counter
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_medusa.budget.tally import BINS, Tally
 from vllm_medusa.compat.log import logger
+from vllm_medusa.config import medusa_config
 from vllm_medusa.metrics import LABELS
 
 PROBABILITIES = tuple(f"{tenth / BINS}-{(tenth + 1) / BINS}" for tenth in range(BINS))
@@ -63,7 +65,7 @@ class BudgetReport:
 
     Args:
         vllm_config: the engine's.
-        log: whether to log, as the engine does with its own statistics.
+        log: whether to log.
         clock: seconds.
 
     """
@@ -86,6 +88,14 @@ class BudgetReport:
             logger.info(line(taken))
 
 
+def report_of(vllm_config: VllmConfig) -> BudgetReport | None:
+    """Return the report of an engine with a budget; None on ranks other than the first, which decide the same."""
+    options = medusa_config(vllm_config)
+    assert options is not None
+    # Lines come where the engine logs its own statistics.
+    return BudgetReport(vllm_config, log=options.log_stats) if get_tp_group().is_first_rank else None
+
+
 def line(tally: Tally) -> str:
     """Return the line of the log; there must have been steps."""
     pairs = ", ".join(
@@ -93,11 +103,12 @@ def line(tally: Tally) -> str:
         for nodes, expected, accepted in zip(tally.nodes, tally.expected, tally.accepted, strict=True)
         if nodes
     )
-    return (
+    found = (
         f"Medusa: budget of {tally.chosen / tally.steps:.1f} nodes in a step of {tally.requests / tally.steps:.1f} "
-        f"requests, of {tally.drafted / tally.steps:.1f} drafted; heads asked in {tally.asked / tally.steps:.0%} of "
-        f"steps; probability of nodes, expected and accepted: {pairs or 'none verified'}"
+        f"requests, of {tally.drafted / tally.steps:.1f} drafted; "
+        f"heads asked in {tally.asked / tally.steps:.0%} of steps"
     )
+    return f"{found}; probability of nodes, expected and accepted: {pairs}" if pairs else found
 
 
 @cache

@@ -43,7 +43,8 @@ def tally() -> Tally:
     made = Tally()
     made.began(2)
     made.began(2)
-    made.chose(drafted=12, chosen=6)
+    made.asked_for(12)
+    made.chose(6)
     made.verified(np.array([0.9, 0.94, 0.31], dtype=np.float32), np.array([True, False, True]))
     return made
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
 
 from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.budget.budget import Budget
 from vllm_medusa.config import medusa_config
-from vllm_medusa.runner.budget_report import BudgetReport
+from vllm_medusa.runner.budget_report import BudgetReport, report_of
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
 from vllm_medusa.step.trees import StepTrees
 
@@ -42,9 +41,7 @@ class StepBudget:
         if options is None or options.medusa_budget == "off":
             return None
         most = options.medusa_budget if isinstance(options.medusa_budget, int) else None
-        # Rank 0 decides how many nodes are verified.
-        report = BudgetReport(vllm_config, log=options.log_stats) if get_tp_group().is_first_rank else None
-        return cls(Budget(max_depth, most), report)
+        return cls(Budget(max_depth, most), report_of(vllm_config))
 
     def begin(self) -> None:
         """Start the clock."""

@@ -17,7 +17,9 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
 
 from vllm_medusa.budget.pauses import Gains, Pauses
+from vllm_medusa.budget.tally import Tally
 from vllm_medusa.config import MedusaBudget
+from vllm_medusa.runner.budget_report import BudgetReport
 
 LAG = 2
 """Steps from a draft to the one whose budget is chosen by the draft's probabilities."""
@@ -27,22 +29,35 @@ TYPICAL_RATE = 1 / 16
 
 
 class BudgetManager(AdaptiveVerificationManager):
-    """vLLM's manager with three things more: a number as budget, room for the verifier, and pauses of the heads.
+    """vLLM's manager with four things more: a number as budget, room for the verifier, pauses of the heads, a report.
 
     All of it follows from what is the same on every rank, as the manager's own choice does.
 
     Args:
         budget: ``medusa_budget``: "auto", or the most nodes of all requests in a step.
         room: most nodes that a step of these requests, by state index, may verify; what exceeds it is cut.
+        report: tells people what was chosen; None where another rank does.
+
+    Attributes:
+        tally: what it tells. What is expected of nodes is on the device, and is not counted.
 
     """
 
     _batch_budget: tuple[dict[str, int], dict[str, int], int] | None
 
-    def __init__(self, *args: Any, budget: MedusaBudget, room: Callable[[np.ndarray], int], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        budget: MedusaBudget,
+        room: Callable[[np.ndarray], int],
+        report: BudgetReport | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.most = budget if isinstance(budget, int) else None
+        self.tally = Tally()
         self._room = room
+        self._report = report
         self._pauses = Pauses()
         self._gains = Gains()
         self._asked: deque[bool] = deque(maxlen=LAG)
@@ -74,12 +89,18 @@ class BudgetManager(AdaptiveVerificationManager):
                 budget = 0
             self._pauses.saw(len(state_indices), verified=budget > 0)
         self._batch_budget = drafts, others, budget
+        self.tally.chose(budget)
         return base + budget
 
     def asks_heads(self, num_reqs: int) -> bool:
         """Whether this step, of so many requests, is to ask the heads."""
         asks = self.most is not None or self._pauses.asks_heads(num_reqs)
         self._asked.append(asks)
+        self.tally.began(num_reqs)
+        if asks:
+            self.tally.asked_for(num_reqs * self.num_speculative_steps)
+        if self._report is not None:
+            self._report.report(self.tally)
         return asks
 
     def add_request(self, req_idx: int) -> None:

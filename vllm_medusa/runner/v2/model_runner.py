@@ -28,6 +28,7 @@ from vllm_medusa.engine_checks import check_engine
 from vllm_medusa.kv_cache.backend_commit import KVCommit
 from vllm_medusa.kv_cache.kernel_commit import KernelCommit
 from vllm_medusa.request import RequestOptions
+from vllm_medusa.runner.budget_report import report_of
 from vllm_medusa.runner.start_log import log_start
 from vllm_medusa.runner.v2.budget import BudgetManager, lacking
 from vllm_medusa.runner.v2.drafts import TreeTokensHandler
@@ -170,7 +171,8 @@ class MedusaModelRunner(GPUModelRunner):
         if backend := fixes_lengths(self._groups()):
             self._refuse_budget(f"FlashAttention and Triton serve one, and {backend} does not")
             return None
-        return BudgetManager(*args, budget=self._options.medusa_budget, room=self._room, **kwargs)
+        report = report_of(self.vllm_config)
+        return BudgetManager(*args, budget=self._options.medusa_budget, room=self._room, report=report, **kwargs)
 
     def _refuse_budget(self, reason: str) -> None:
         """Do without a budget."""

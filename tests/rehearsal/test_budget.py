@@ -153,6 +153,7 @@ def llm(started: LLM) -> LLM:
     """The engine, as if it had not served yet."""
     manager = manager_of(started)
     manager._gains, manager._pauses, manager.most = Gains(), Pauses(), None
+    manager._report = None  # It lets the tally begin anew when it is time.
     manager.set_cost_curves([(1, 0.02)], SEVERAL)
     return started
 

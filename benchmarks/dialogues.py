@@ -16,7 +16,7 @@ from typing import Any
 from torch import set_num_threads
 
 from vllm_medusa.demo.contenders import plugins
-from vllm_medusa.demo.engine import Engine, counters
+from vllm_medusa.demo.engine import Engine, acceptance_length, counters
 from vllm_medusa.demo.process import Contender
 from vllm_medusa.demo.questions import Question
 from vllm_medusa.demo.report import machine
@@ -118,5 +118,4 @@ def answer(llm: Any, batch: Batch, params: Any) -> Answers:
 
 def tokens_per_step(answers: Sequence[Answers]) -> float:
     """Return the tokens that a step emits behind an answer's first token; 1 if there are no such steps."""
-    steps = sum(each.steps for each in answers)
-    return 1 + sum(each.accepted for each in answers) / steps if steps else 1.0
+    return acceptance_length(sum(each.steps for each in answers), sum(each.accepted for each in answers))

@@ -31,7 +31,7 @@ from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.data.prompts import read_prompts
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
 from vllm_medusa.demo.contenders import fastest_dtype
-from vllm_medusa.demo.engine import Engine, counters
+from vllm_medusa.demo.engine import Engine, acceptance_length, counters
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import machine
 from vllm_medusa.files import write_json
@@ -170,7 +170,7 @@ def _points(engine: Engine, epsilon: float, orders: Sequence[Order], log: Path) 
                 order.acceptance,
                 epsilon if order.acceptance == TYPICAL else None,
                 order.temperature,
-                1 + decoded.accepted / decoded.steps,
+                acceptance_length(decoded.steps, decoded.accepted),
                 mean(decoded.log_probs),
                 spread,
             )

@@ -104,8 +104,8 @@ class Decoded:
 
     @property
     def tokens_per_step(self) -> float:
-        """1 where no step was taken behind the first token."""
-        return 1 + self.accepted / self.steps if self.steps else 1.0
+        """See ``acceptance_length``."""
+        return acceptance_length(self.steps, self.accepted)
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,11 @@ def decode(llm: LLM, order: Order) -> Iterator[Decoded]:
             in_turn = 0.0
             added = {name: value - before[name] for name, value in counters(llm).items()}
             yield Decoded([list(text) for text in texts.values()], seconds, **added, finished=finished)
+
+
+def acceptance_length(steps: int, accepted: int) -> float:
+    """Return the tokens per step behind texts' first tokens, from ``counters``; 1 if no such step was taken."""
+    return 1 + accepted / steps if steps else 1.0
 
 
 def counters(llm: LLM) -> dict[str, int]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_medusa.demo.contenders import TITLES
-from vllm_medusa.demo.engine import Decoded
+from vllm_medusa.demo.engine import Decoded, acceptance_length
 from vllm_medusa.demo.race import Run
 from vllm_medusa.files import replaced_file, write_json
 from vllm_medusa.versions import installed_versions
@@ -65,7 +65,7 @@ def figures_of(run: Run, baseline: Run, numbers: Iterable[int]) -> Figures:
     plain = [_tokens_per_second(baseline.answers[number]) for number in timed]
     return {
         "tokens_per_second": statistics.median(speeds),
-        "tokens_per_step": 1 + sum(answer.accepted for answer in answers) / steps,
+        "tokens_per_step": acceptance_length(steps, sum(answer.accepted for answer in answers)),
         "speedup": statistics.median(own / other for own, other in zip(speeds, plain, strict=True)),
         "milliseconds_per_step": statistics.median(map(_milliseconds_per_step, answers)),
         "drafted_tokens": sum(answer.drafted for answer in answers) / steps,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast an engine is under load, 1 to 64 requests at once: plain, vLLM's own chain, fixed trees, a budget.
 
-All decode the same questions greedily, in a process each, and take turns, a round of one load each. What counts are
-the steps in which all requests decode. Fixed trees verify all of their nodes whatever it costs; the budget's tree is
-as large as the largest of them.
+All decode the same questions greedily, in a process each, and take turns of half a second. What counts are the steps
+in which all requests decode. Fixed trees verify all of their nodes whatever it costs; the budget's tree is as large as
+the largest of them.
 
     python benchmarks/load.py --output build/load
     python benchmarks/load.py --concurrency 1 --concurrency 16 --contender plain --contender auto --dtype float32
@@ -19,7 +19,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -41,7 +41,7 @@ from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, fastest_dtype, plugins, speculative_configs
 from vllm_medusa.demo.engine import Engine, counters
 from vllm_medusa.demo.places import HEADS, MODEL, QUESTIONS, native_heads_of
-from vllm_medusa.demo.process import Contender, share_environment
+from vllm_medusa.demo.process import Contender, share_environment, take_turns
 from vllm_medusa.demo.questions import read_questions
 from vllm_medusa.demo.report import machine
 from vllm_medusa.demo.run import encode_question
@@ -65,6 +65,9 @@ ROUNDS = 3
 
 LONG = 10.0
 """Seconds."""
+
+TURN = 0.5
+"""Seconds of a turn. Contenders take turns in a round too: a machine may be a quarter slower a few seconds later."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -101,6 +104,7 @@ class Round:
         steps: how many there were.
         drafted: tokens that were verified, by vLLM's counter.
         times_per_token: each request's seconds by its tokens.
+        finished: whether the round is over, and not only the contender's turn.
 
     """
 
@@ -109,6 +113,7 @@ class Round:
     steps: int
     drafted: int
     times_per_token: list[float]
+    finished: bool = True
 
 
 @app.command()
@@ -160,7 +165,7 @@ def load(
 def race(
     engines: dict[str, Engine], work: Work, threads: int, processor_time: bool, logs: Path
 ) -> dict[int, dict[str, Result]]:
-    """Race engines in processes of their own, round by round."""
+    """Race engines in processes of their own, round by round, and turn by turn in a round."""
     results = {}
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
@@ -172,12 +177,13 @@ def race(
             contenders[name].answer()
         for most in track(list(work.tokens), "Loads"):
             if AUTO in contenders:  # A round beforehand, in which the budget sees this load.
-                contenders[AUTO].ask(work.load(most, 0))
+                take_turns([contenders[AUTO]], work.load(most, 0))
             ran: dict[str, list[Round]] = {name: [] for name in contenders}
             for number in range(work.rounds[most]):
-                for name, each in contenders.items():
-                    if not ran[name] or ran[name][0].seconds < LONG:
-                        ran[name].append(each.ask(work.load(most, number)))
+                racing = [each for name, each in contenders.items() if not ran[name] or ran[name][0].seconds < LONG]
+                found: dict[str, Round] = take_turns(racing, work.load(most, number))
+                for name, each in found.items():
+                    ran[name].append(each)
             results[most] = summarise(ran)
     return results
 
@@ -232,13 +238,16 @@ def serve(connection: Connection, engine: Engine, threads: int, processor_time: 
     set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
     llm = engine.open()
     connection.send(None)
+    clock = time.process_time if processor_time else time.perf_counter
     while True:
-        clock = time.process_time if processor_time else time.perf_counter
-        connection.send(decode(llm, connection.recv(), clock))
+        for found in decode(llm, connection.recv(), clock):
+            connection.send(found)
+            if not found.finished:
+                connection.recv()
 
 
-def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
-    """Decode under a load."""
+def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Iterator[Round]:
+    """Decode under a load; yield how far the round is after each turn, and last the whole."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -254,11 +263,20 @@ def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
         name = str(next(llm.request_counter))
         llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
         emitted[name] = 0
-    seconds, steps, before, drafted = 0.0, 0, counters(llm), 0
+    seconds, in_turn, steps, before, drafted = 0.0, 0.0, 0, counters(llm), 0
+
+    def so_far(*, finished: bool) -> Round:
+        times = [seconds / count for count in emitted.values() if count]
+        return Round(sum(emitted.values()), seconds, steps - FIRST_STEPS, drafted, times, finished)
+
     while sum(emitted.values()) < load.tokens * len(emitted):
+        if in_turn >= TURN:
+            in_turn = 0.0
+            yield so_far(finished=False)
         start = clock()
         outputs = llm.llm_engine.step()
         taken = clock() - start
+        in_turn += taken
         if len(outputs) < len(emitted):
             continue  # Some are still at their prompts.
         steps += 1
@@ -271,8 +289,7 @@ def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Round:
             drafted = counters(llm)["drafted"] - before["drafted"]
     llm.llm_engine.abort_request(list(emitted))
     llm.llm_engine.step()
-    times = [seconds / count for count in emitted.values() if count]
-    return Round(sum(emitted.values()), seconds, steps - FIRST_STEPS, drafted, times)
+    yield so_far(finished=True)
 
 
 def summarise(rounds: dict[str, list[Round]]) -> dict[str, Result]:

@@ -11,6 +11,7 @@ import typer
 
 from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.demo.places import DIRECTORY, HEADS, MODEL, QUESTIONS, native_heads_of
+from vllm_medusa.demo.process import share_environment, start_fork_server
 
 
 def demo(
@@ -34,6 +35,8 @@ def demo(
     """
     with one_line_errors():
         os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once; long work has bars of our own.
+        share_environment()
+        start_fork_server()  # It imports vLLM while this process imports transformers.
         from vllm_medusa.demo.run import DemoSettings, run_demo
 
         run_demo(DemoSettings(directory, model, heads, native_heads_of(heads, native_heads), questions, limit, tokens))

@@ -24,9 +24,6 @@ COUNTERS = {
 }
 WARM_UP_TOKENS = 24
 
-NEXT_TURN = "next turn"
-"""What a contender is sent to go on with an order that is not finished."""
-
 
 @dataclass(frozen=True)
 class Engine:
@@ -121,7 +118,7 @@ def serve(connection: Connection, timed: Engine, threads: int, exact: ExactRun |
 
     Args:
         connection: receives orders and sends their ``Decoded``, one a turn (see ``Order.turn``); before the next turn
-            of an order it waits for ``NEXT_TURN``. The exact run's comes first, then ``None`` when the timed engine has
+            of an order it waits for a word. The exact run's comes first, then ``None`` when the timed engine has
             started.
         timed: the engine of the timed runs.
         threads: number of threads of the timed engine.

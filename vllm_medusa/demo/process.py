@@ -6,15 +6,30 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 Serve = Callable[..., None]
 """The function that a process runs, given a connection for orders and answers, and further arguments."""
+
+NEXT_TURN = "next turn"
+"""What a contender is sent to go on with an order that is not finished."""
+
+
+class Progress(Protocol):
+    """How far an order is, as a contender answers."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the order is carried out."""
+
+
+Answer = TypeVar("Answer", bound=Progress)
 
 
 class Contender:
@@ -46,8 +61,8 @@ class Contender:
         log.parent.mkdir(parents=True, exist_ok=True)
         context: ForkServerContext | SpawnContext
         if forked:
+            start_fork_server()
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["vllm_medusa.demo.preload"])
         else:
             context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -79,8 +94,39 @@ class Contender:
             raise RuntimeError(f"contender {self.name!r} ended early; the end of {self.log}:\n{tail}") from None
 
 
+def take_turns(
+    contenders: Sequence[Contender], order: Any, watch: Callable[[Mapping[str, Answer]], None] = lambda _: None
+) -> dict[str, Answer]:
+    """Let contenders carry out the same order turn by turn until all are done.
+
+    Args:
+        contenders: each pauses after a turn, and goes on when it is sent ``NEXT_TURN``.
+        order: what to do.
+        watch: called after each turn with how far the contenders are that have begun.
+
+    Returns:
+        Each contender's last answer, by its name.
+
+    """
+    states: dict[str, Answer] = {}
+    while waiting := [each for each in contenders if each.name not in states or not states[each.name].finished]:
+        for contender in waiting:
+            states[contender.name] = contender.ask(NEXT_TURN if contender.name in states else order)
+            watch(states)
+    return states
+
+
+def start_fork_server() -> None:
+    """Start the process from which contenders are forked, if it does not run yet; its imports go on in the background.
+
+    ``share_environment`` must have been called.
+    """
+    forkserver.set_forkserver_preload(["vllm_medusa.demo.preload"])
+    forkserver.ensure_running()
+
+
 def share_environment() -> None:
-    """Set the environment variables that contenders inherit; must be called before the first one starts.
+    """Set the environment variables that contenders inherit; must be called before their fork server starts.
 
     All engines start at the same time, so each starts with one thread; ``torch.set_num_threads`` sets more later.
     """

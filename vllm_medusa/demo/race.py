@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_medusa.demo.contenders import TREE_WIDE, plugins
-from vllm_medusa.demo.engine import NEXT_TURN, WARM_UP_TOKENS, Decoded, Engine, ExactRun, Order, serve
-from vllm_medusa.demo.process import Contender, share_environment
+from vllm_medusa.demo.engine import WARM_UP_TOKENS, Decoded, Engine, ExactRun, Order, serve
+from vllm_medusa.demo.process import Contender, share_environment, take_turns
 from vllm_medusa.progress import track
 
 TURN = 0.25
@@ -112,24 +112,12 @@ def run_race(race: Race, logs: Path, watching: Callable[[], Any]) -> dict[str, R
                 states = take_turns(racing, race.order(number), partial(watch, number))
                 for contender in contenders:
                     if contender not in racing and number in race.asked(contender.name):
-                        states |= take_turns([contender], race.order(number), lambda _: None)
+                        states |= take_turns([contender], race.order(number))
                 for name, decoded in states.items():
                     runs[name].answers[number] = decoded
                     if race.is_exact:
                         runs[name].exact[number] = decoded.texts[0]
     return runs
-
-
-def take_turns(
-    contenders: Sequence[Contender], order: Order, watch: Callable[[Mapping[str, Decoded]], None]
-) -> dict[str, Decoded]:
-    """Let contenders carry out the same order turn by turn until all are done; return what they decoded."""
-    states: dict[str, Decoded] = {}
-    while waiting := [each for each in contenders if each.name not in states or not states[each.name].finished]:
-        for contender in waiting:
-            states[contender.name] = contender.ask(NEXT_TURN if contender.name in states else order)
-            watch(states)
-    return states
 
 
 def first_of_each(kinds: Sequence[str], count: int) -> list[int]:

@@ -12,8 +12,9 @@ import pytest
 
 from tests.unit.evaluated import HEADS, write_random_heads, write_target
 from vllm_medusa.demo.contenders import CONTENDERS, NATIVE_CHAIN, PLAIN, TREE, TREE_WIDE, TREES, speculative_configs
-from vllm_medusa.demo.engine import NEXT_TURN, Decoded, Order
-from vllm_medusa.demo.race import Race, first_of_each, take_turns
+from vllm_medusa.demo.engine import Decoded, Order
+from vllm_medusa.demo.process import NEXT_TURN, take_turns
+from vllm_medusa.demo.race import Race, first_of_each
 
 ORDER = Order([[1, 2]], 8)
 

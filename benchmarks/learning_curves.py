@@ -37,14 +37,14 @@ from vllm_medusa.versions import installed_versions
 
 BLOCK_LENGTH = 512
 NODES = (4, 8, 16, 32)
-PASSES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+PASSES = (0.125, 0.25, 0.5, 1.0, 2.0)
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "block_length": BLOCK_LENGTH,
-    "batch_size": 4,
+    "batch_size": 1,
     "learning_rate": 2e-3,
     "shared_lm_head": True,
-    "draft_vocab": 4096,
+    "draft_vocab": 2048,
     "heads_loss": "kl",
     "cache_hidden": True,
     "save_steps": 100_000,
@@ -53,10 +53,11 @@ KINDS: dict[str, dict[str, Any]] = {"plain": {}, "sequential": {"path_rank": 256
 CHANGES: dict[str, dict[str, Any]] = {
     "hard labels": {"heads_loss": "cross_entropy"},
     "two layers": {"num_layers": 2},
-    "1 block a step": {"batch_size": 1},
-    "1 block a step, 1e-3": {"batch_size": 1, "learning_rate": 1e-3},
+    "4 blocks a step": {"batch_size": 4},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
     "rank 128": {"path_rank": 128},
     "rank 512": {"path_rank": 512},
+    "6,144 tokens": {"draft_vocab": 6144},
     "whole vocabulary": {"draft_vocab": None},
 }
 

@@ -14,16 +14,13 @@ import torch
 from gpu_bench.launches import PROPOSAL, Launches, launches_of
 from gpu_bench.timing import replayed_seconds
 from gpu_bench.worker import rehearsal
+from vllm_medusa.capture_sizes import MAX_CAPTURED_ROWS
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 SETTLED_TOKENS = 3
 """A request that has so many decodes: its prompt is done, and what its first steps compile is compiled."""
-
-
-MAX_CAPTURED_ROWS = 2048
-"""Rows of the largest step that is captured, the plugin's own bound where no sizes are given."""
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def main(
 def serve(connection: Connection, engine: Engine, threads: int, rounds: int) -> None:
     """Answer each number of requests with its ``Times``."""
     set_num_threads(threads)  # Before weights are loaded: oneDNN packs them for this number of threads.
-    core = engine.open().llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+    llm: Any = engine.open()
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     while True:
         connection.send(measure(runner, connection.recv(), rounds))
 

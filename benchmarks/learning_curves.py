@@ -30,6 +30,7 @@ from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.demo.report import machine
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
+from vllm_medusa.evaluation.reading import states_of_target
 from vllm_medusa.evaluation.text import Sources, held_out_samples
 from vllm_medusa.files import read_json, write_json
 from vllm_medusa.progress import track
@@ -145,7 +146,8 @@ def main(
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     text = Sources((), (held_out,), style=None, bad_lines=BadLines.REFUSE, new_tokens=0, max_length=max_length)
     samples = held_out_samples(model, AutoTokenizer.from_pretrained(target), text, batch_size=1)
-    points = [judge(run, target, model, samples, directory) for run in track(wanted, "Heads")]
+    states_of = Remembered(model)
+    points = [judge(run, target, model, samples, directory, states_of) for run in track(wanted, "Heads")]
     show(points)
     if output is not None:
         details = {"machine": machine(), "versions": installed_versions(), "command": sys.argv, "settings": SETTINGS}
@@ -168,9 +170,26 @@ def train(run: Run, target: Path, data: Sequence[Path], held_out: Path, director
     subprocess.run([sys.executable, "-m", "vllm_medusa.cli", "train", "--config", str(file)], check=True)
 
 
-def judge(run: Run, target: Path, model: PreTrainedModel, samples: Sequence[Sample], directory: Path) -> Point:
+class Remembered:
+    """The target's hidden states of the held-out text, which all heads are judged on (see ``StatesOf``)."""
+
+    def __init__(self, target: PreTrainedModel) -> None:
+        self._target = target
+        self._states: dict[bytes, torch.Tensor] = {}
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        name = tokens.numpy().tobytes()
+        if name not in self._states:
+            self._states[name] = states_of_target(self._target, tokens)
+        return self._states[name]
+
+
+def judge(
+    run: Run, target: Path, model: PreTrainedModel, samples: Sequence[Sample], directory: Path, states_of: Remembered
+) -> Point:
     trained = directory / run.name
-    evaluation = evaluate_heads(model, load_heads(trained / "heads", target, model), samples, show_progress=False)
+    heads = load_heads(trained / "heads", target, model)
+    evaluation = evaluate_heads(model, heads, samples, show_progress=False, states_of=states_of)
     best = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, max(NODES))
     steps = read_json(trained / "results.json")["steps"]
     batch_size = (SETTINGS | run.settings)["batch_size"]

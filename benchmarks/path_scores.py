@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from vllm_medusa.data.packing import Sample
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
 from vllm_medusa.evaluation.measure import load_heads
 from vllm_medusa.evaluation.paths import count_paths
-from vllm_medusa.evaluation.reading import ReadText, read_texts
+from vllm_medusa.evaluation.reading import ReadText, read_texts, states_of_target
 from vllm_medusa.evaluation.reliability import Positions, draft_reliability
 from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.evaluation.temperatures import best_temperature
@@ -71,7 +72,7 @@ def read_held_out(
     served = ServedHeads.of(model, load_heads(heads, target, model))
     samples = read_samples([data], AutoTokenizer.from_pretrained(target), BadLineCounter(BadLines.REFUSE))
     cut = [Sample(each.input_ids[:max_length], each.labels[:max_length]) for each in islice(samples, num_texts)]
-    return served, read_texts(model, served, cut, RANKS, batch_size=8, show_progress=True)
+    return served, read_texts(partial(states_of_target, model), served, cut, RANKS, batch_size=8, show_progress=True)
 
 
 def where_steps_begin(texts: list[ReadText]) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads for stock vLLM's own Medusa out of heads with a draft vocabulary.
 
-vLLM 0.32's Medusa model reads no ``token_map``: it wants an LM head over the whole vocabulary in the heads' file. Heads
-that share their target's LM head lack only rows that the target has, so the whole one makes the same heads.
+vLLM 0.32's Medusa model reads no ``token_map``: it wants LM heads over the whole vocabulary. Rows of zeros for tokens
+that the heads cannot draft make heads that predict the same: such a token's logit is 0, and the likeliest token's is
+larger. The target's own rows would not: heads have learnt nothing of these tokens, and would often draft them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,9 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from vllm_medusa.checkpoint.format import CONFIG_FILE, TOKEN_MAP, WEIGHTS_FILE, read_spec, read_state, write_heads
-from vllm_medusa.checkpoint.target import check_sizes, read_lm_head
+from vllm_medusa.checkpoint.target import check_sizes
 from vllm_medusa.files import sha256_of
-
-LM_HEAD = "lm_heads.0.weight"
 
 
 def native_heads(heads: Path, target: Path, directory: Path) -> Path:
@@ -26,11 +23,10 @@ def native_heads(heads: Path, target: Path, directory: Path) -> Path:
     Args:
         heads: the heads' directory.
         target: their target's directory.
-        directory: where derived heads are kept, under a name that follows from the content of heads and LM head.
+        directory: where derived heads are kept, under a name that follows from the heads' content.
 
     Raises:
-        ValueError: the heads read paths, have LM heads of their own over a draft vocabulary, or belong to another
-            target.
+        ValueError: the heads read paths, or do not fit the target.
         OSError: a file cannot be read or written.
 
     """
@@ -42,27 +38,18 @@ def native_heads(heads: Path, target: Path, directory: Path) -> Path:
         )
     if spec.draft_vocab_size is None:
         return heads
-    if not spec.shared_lm_head:
-        raise ValueError(
-            f"{heads}: vLLM's own chain needs LM heads over the whole vocabulary, and these heads' own ones have "
-            f"{spec.draft_vocab_size} rows; give heads that share the target's LM head"
-        )
     check_sizes(spec, target)
-    lm_head = read_lm_head(target).contiguous()
-    derived = directory / f"native-heads-{_key(heads, lm_head)}"
+    derived = directory / f"native-heads-{_key(heads)}"
     if not derived.exists():
         state = read_state(heads)
-        kept, token_map = state.pop(LM_HEAD), state.pop(TOKEN_MAP)
-        if not torch.equal(kept, lm_head[token_map.long()].to(kept.dtype)):
-            raise ValueError(
-                f"{heads}: the LM head of these heads is not that of {target}; give the target that they were "
-                "trained for"
-            )
-        write_heads(derived, replace(spec, draft_vocab_size=None), state | {LM_HEAD: lm_head.to(kept.dtype)})
+        token_map = state.pop(TOKEN_MAP).long()
+        for name, kept in state.items():
+            if name.startswith("lm_heads."):
+                state[name] = kept.new_zeros(spec.vocab_size, spec.hidden_size).index_copy(0, token_map, kept)
+        write_heads(derived, replace(spec, draft_vocab_size=None), state)
     return derived
 
 
-def _key(heads: Path, lm_head: torch.Tensor) -> str:
+def _key(heads: Path) -> str:
     parts = [sha256_of(heads / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    parts.append(hashlib.sha256(lm_head.view(torch.uint8).numpy().tobytes()).hexdigest())
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]

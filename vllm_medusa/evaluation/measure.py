@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from vllm_medusa.checkpoint.format import HeadsSpec, read_spec, read_state
 from vllm_medusa.checkpoint.target import check_sizes
 from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.evaluation.paths import count_paths
-from vllm_medusa.evaluation.reading import read_texts
+from vllm_medusa.evaluation.reading import StatesOf, read_texts, states_of_target
 from vllm_medusa.evaluation.reliability import DraftReliability, Positions, draft_reliability
 from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.evaluation.temperatures import best_temperature
@@ -104,6 +105,7 @@ def evaluate_heads(
     batch_size: int = 8,
     show_progress: bool = True,
     logit_scale: float = 1.0,
+    states_of: StatesOf | None = None,
 ) -> Evaluation:
     """Measure heads on texts; no text attends to another.
 
@@ -115,13 +117,15 @@ def evaluate_heads(
         batch_size: texts per batch.
         show_progress: whether to show progress.
         logit_scale: the entry of the heads' ``config.json``.
+        states_of: what the target makes of texts, where several heads are measured on the same; None: found anew.
 
     Raises:
         ValueError: all texts are too short for a head, or the target does to its logits what is not known.
 
     """
     served = ServedHeads.of(target, heads, logit_scale)
-    texts = read_texts(target, served, samples, ranks, batch_size, show_progress)
+    states_of = states_of or partial(states_of_target, target)
+    texts = read_texts(states_of, served, samples, ranks, batch_size, show_progress)
     found = torch.cat([text.ranks for text in texts])
     labelled = (found != IGNORED).sum(dim=0)
     if not labelled.all():

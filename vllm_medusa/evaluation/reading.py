@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,8 +46,20 @@ class ReadText:
     at: Positions
 
 
-def read_texts(
+StatesOf = Callable[[torch.Tensor], torch.Tensor]
+"""Gives the target's hidden states after its final norm, ``[batch, length, hidden_size]``, of token ids."""
+
+
+def states_of_target(
     target: PreTrainedModel,
+    tokens: torch.Tensor,  # [batch, length], int64
+) -> torch.Tensor:
+    """Let the target read (see ``StatesOf``)."""
+    return final_hidden_states(target, tokens.to(target.device))
+
+
+def read_texts(
+    states_of: StatesOf,
     served: ServedHeads,
     samples: Sequence[Sample],
     ranks: int,
@@ -57,7 +69,7 @@ def read_texts(
     """Let the target and its heads read texts; none attends to another.
 
     Args:
-        target: a causal language model of ``transformers``.
+        states_of: what the target makes of texts.
         served: its heads.
         samples: texts, with labels on the tokens that the target wrote.
         ranks: how many of each head's most probable tokens are counted.
@@ -70,8 +82,8 @@ def read_texts(
     candidates = _candidates([_complete(labels, num_heads) for _, labels in batches])
     with progress("Heads' accuracy, batches", len(batches), show_progress) as shown:
         for (tokens, labels), of_batch in zip(batches, candidates, strict=True):
-            tokens, labels = tokens.to(target.device), labels.to(target.device)
-            states = final_hidden_states(target, tokens)
+            states = states_of(tokens)
+            tokens, labels = tokens.to(states.device), labels.to(states.device)
             for hidden, text, of_text, kept in zip(states, tokens, labels, of_batch, strict=True):
                 said = _said(served, hidden, text, of_text, ranks)
                 texts.append(ReadText(*said, kept, _positions(hidden, text, kept.to(hidden.device), num_heads)))

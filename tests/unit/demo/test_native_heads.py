@@ -10,8 +10,7 @@ import torch
 
 from tests.unit.evaluated import HEADS, HIDDEN, VOCAB, write_random_heads, write_target
 from vllm_medusa.checkpoint.format import TOKEN_MAP, HeadsSpec, read_spec, read_state, write_heads
-from vllm_medusa.checkpoint.target import read_lm_head
-from vllm_medusa.demo.native_heads import LM_HEAD, native_heads
+from vllm_medusa.demo.native_heads import native_heads
 
 TOKENS = torch.arange(0, VOCAB, 3)
 
@@ -21,31 +20,38 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("target"))
 
 
-def write_draft_heads(directory: Path, target: Path, seed: int = 0, shared: bool = True) -> Path:
+def write_draft_heads(directory: Path, seed: int = 0, shared: bool = True) -> Path:
     generator = torch.Generator().manual_seed(seed)
     spec = HeadsSpec(HIDDEN, VOCAB, HEADS, shared_lm_head=shared, draft_vocab_size=len(TOKENS))
     state = {name: torch.randn(shape, generator=generator) for name, shape in spec.shapes().items()}
-    lm_heads = {name: read_lm_head(target)[TOKENS] for name in state if name.startswith("lm_heads")}
-    return write_heads(directory, spec, state | lm_heads | {TOKEN_MAP: TOKENS})
+    return write_heads(directory, spec, state | {TOKEN_MAP: TOKENS})
 
 
-def test_blocks_stay_and_the_lm_head_is_the_whole_of_the_target_s(target: Path, tmp_path: Path) -> None:
-    heads = write_draft_heads(tmp_path / "heads", target)
+@pytest.mark.parametrize("shared", [True, False])
+def test_blocks_stay_and_lm_heads_have_zeros_for_tokens_that_cannot_be_drafted(
+    target: Path, tmp_path: Path, shared: bool
+) -> None:
+    heads = write_draft_heads(tmp_path / "heads", shared=shared)
     derived = native_heads(heads, target, tmp_path)
-    assert read_spec(derived) == HeadsSpec(HIDDEN, VOCAB, HEADS, shared_lm_head=True)
+    assert read_spec(derived) == HeadsSpec(HIDDEN, VOCAB, HEADS, shared_lm_head=shared)
     state, before = read_state(derived), read_state(heads)
-    torch.testing.assert_close(state.pop(LM_HEAD), read_lm_head(target), rtol=0, atol=0)
-    assert state.keys() == before.keys() - {LM_HEAD, TOKEN_MAP}
-    assert all(torch.equal(state[name], before[name]) for name in state)
+    assert state.keys() == before.keys() - {TOKEN_MAP}
+    others = torch.ones(VOCAB, dtype=torch.bool).index_fill(0, TOKENS, False)
+    for name, tensor in state.items():
+        if name.startswith("lm_heads."):
+            assert torch.equal(tensor[TOKENS], before[name])
+            assert not tensor[others].any()
+        else:
+            assert torch.equal(tensor, before[name])
 
 
 def test_they_are_written_once_for_each_content(target: Path, tmp_path: Path) -> None:
-    heads = write_draft_heads(tmp_path / "heads", target)
+    heads = write_draft_heads(tmp_path / "heads")
     first = native_heads(heads, target, tmp_path)
     written = (first / "model.safetensors").stat().st_mtime_ns
     assert native_heads(heads, target, tmp_path) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
-    write_draft_heads(heads, target, seed=1)
+    write_draft_heads(heads, seed=1)
     assert native_heads(heads, target, tmp_path) != first
 
 
@@ -55,15 +61,9 @@ def test_heads_over_the_whole_vocabulary_are_taken_as_they_are(target: Path, tmp
     assert list(tmp_path.iterdir()) == [heads]
 
 
-def test_lm_heads_whose_other_rows_nobody_knows_are_refused(target: Path, tmp_path: Path) -> None:
-    heads = write_draft_heads(tmp_path / "heads", target, shared=False)
-    with pytest.raises(ValueError, match=f"own ones have {len(TOKENS)} rows; give heads that share"):
-        native_heads(heads, target, tmp_path)
-
-
 def test_heads_of_another_target_are_refused(target: Path, tmp_path: Path) -> None:
-    heads = write_draft_heads(tmp_path / "heads", target)
-    state = read_state(heads)
-    write_heads(heads, read_spec(heads), state | {LM_HEAD: state[LM_HEAD] + 1})
-    with pytest.raises(ValueError, match=f"is not that of {target}; give the target"):
+    spec = HeadsSpec(HIDDEN, VOCAB + 1, HEADS, shared_lm_head=True, draft_vocab_size=len(TOKENS))
+    state = {name: torch.zeros(shape) for name, shape in spec.shapes().items()}
+    heads = write_heads(tmp_path / "heads", spec, state | {TOKEN_MAP: TOKENS})
+    with pytest.raises(ValueError, match="vocab"):
         native_heads(heads, target, tmp_path)

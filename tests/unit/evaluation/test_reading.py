@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -9,7 +11,7 @@ from tests.unit.evaluated import HEADS, HIDDEN, VOCAB, write_target
 from vllm_medusa.checkpoint.format import HeadsSpec
 from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.evaluation import reading
-from vllm_medusa.evaluation.reading import ReadText, read_texts
+from vllm_medusa.evaluation.reading import ReadText, read_texts, states_of_target
 from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.evaluation.temperatures import losses_by_temperature
 from vllm_medusa.training.heads import TrainableHeads
@@ -57,7 +59,7 @@ def hidden_of(target: LlamaForCausalLM, text: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def read(target: LlamaForCausalLM, served: ServedHeads, samples: list[Sample], batch_size: int = 2) -> list[ReadText]:
     """Read texts; the result is sorted by length, as batches are."""
-    return read_texts(target, served, samples, RANKS, batch_size, show_progress=False)
+    return read_texts(partial(states_of_target, target), served, samples, RANKS, batch_size, show_progress=False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

@@ -41,7 +41,7 @@ from vllm_medusa.cli.errors import one_line_errors
 from vllm_medusa.demo.contenders import NATIVE_CHAIN, PLAIN, fastest_dtype, plugins, speculative_configs
 from vllm_medusa.demo.engine import Engine, counters
 from vllm_medusa.demo.places import HEADS, MODEL, QUESTIONS, native_heads_of
-from vllm_medusa.demo.process import Contender, share_environment, take_turns
+from vllm_medusa.demo.process import Contender, answer_in_turns, share_environment, take_turns
 from vllm_medusa.demo.questions import read_questions
 from vllm_medusa.demo.report import machine
 from vllm_medusa.demo.run import encode_question
@@ -240,10 +240,7 @@ def serve(connection: Connection, engine: Engine, threads: int, processor_time: 
     connection.send(None)
     clock = time.process_time if processor_time else time.perf_counter
     while True:
-        for found in decode(llm, connection.recv(), clock):
-            connection.send(found)
-            if not found.finished:
-                connection.recv()
+        answer_in_turns(connection, decode(llm, connection.recv(), clock))
 
 
 def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Iterator[Round]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 # Imported by name, since vLLM's CPU worker later replaces torch.set_num_threads by a warning.
 from torch import set_num_threads
 
+from vllm_medusa.demo.process import answer_in_turns
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -118,8 +120,8 @@ def serve(connection: Connection, timed: Engine, threads: int, exact: ExactRun |
 
     Args:
         connection: receives orders and sends their ``Decoded``, one a turn (see ``Order.turn``); before the next turn
-            of an order it waits for a word. The exact run's comes first, then ``None`` when the timed engine has
-            started.
+            of an order it waits (see ``answer_in_turns``). The exact run's comes first, then ``None`` when the timed
+            engine has started.
         timed: the engine of the timed runs.
         threads: number of threads of the timed engine.
         exact: the run for exact texts; None where the timed engine's are.
@@ -136,10 +138,7 @@ def serve(connection: Connection, timed: Engine, threads: int, exact: ExactRun |
     llm = timed.open()
     connection.send(None)
     while True:
-        for decoded in decode(llm, connection.recv()):
-            connection.send(decoded)
-            if not decoded.finished:
-                connection.recv()
+        answer_in_turns(connection, decode(llm, connection.recv()))
 
 
 def decode(llm: LLM, order: Order) -> Iterator[Decoded]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -114,6 +114,14 @@ def take_turns(
             states[contender.name] = contender.ask(NEXT_TURN if contender.name in states else order)
             watch(states)
     return states
+
+
+def answer_in_turns(connection: Connection, answers: Iterable[Progress]) -> None:
+    """Be a contender that takes turns: send an order's answers, and wait for ``NEXT_TURN`` behind all but the last."""
+    for answer in answers:
+        connection.send(answer)
+        if not answer.finished:
+            connection.recv()
 
 
 def start_fork_server() -> None:

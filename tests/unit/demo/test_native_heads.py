@@ -65,5 +65,5 @@ def test_heads_of_another_target_are_refused(target: Path, tmp_path: Path) -> No
     spec = HeadsSpec(HIDDEN, VOCAB + 1, HEADS, shared_lm_head=True, draft_vocab_size=len(TOKENS))
     state = {name: torch.zeros(shape) for name, shape in spec.shapes().items()}
     heads = write_heads(tmp_path / "heads", spec, state | {TOKEN_MAP: TOKENS})
-    with pytest.raises(ValueError, match="vocab"):
+    with pytest.raises(ValueError, match=f"vocab_size {VOCAB + 1}, the target in .* has {VOCAB}; give the target"):
         native_heads(heads, target, tmp_path)

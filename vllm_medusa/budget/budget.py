@@ -106,9 +106,10 @@ class Budget:
         most = min(num_reqs + int(lengths.sum()), self._max_rows)
         steps = torch.from_numpy(self._verification.between(num_reqs, most))
         # The heads have been asked already, but as long as they are, each step pays for them.
-        choice = choose(probabilities, lengths, num_reqs, steps + self._proposal.at(num_reqs))
-        gain = choice.tokens_per_second * float(steps[0]) / num_reqs
-        if self._gains.pays(num_reqs, gain):
+        plain = float(steps[0])
+        rate = max(self._gains.of(num_reqs), 1) * num_reqs / plain
+        choice = choose(probabilities, lengths, num_reqs, steps + self._proposal.at(num_reqs), rate)
+        if self._gains.pays(num_reqs, choice.tokens / num_reqs, choice.seconds / plain):
             return choice.lengths
         self._unverified += 1
         if self._unverified % PROBE_AFTER:

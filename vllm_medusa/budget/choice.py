@@ -19,12 +19,14 @@ class Choice:
 
     Attributes:
         lengths: ``[num_reqs]``, int64: nodes of each request.
-        tokens_per_second: what the step is expected to emit, by what it is expected to take.
+        tokens: what the step is expected to emit.
+        seconds: what it is expected to take.
 
     """
 
     lengths: torch.Tensor
-    tokens_per_second: float
+    tokens: float
+    seconds: float
 
 
 def choose(
@@ -32,25 +34,30 @@ def choose(
     lengths: torch.Tensor,  # [num_reqs], int64
     num_reqs: int,
     seconds: torch.Tensor,  # [most nodes + 1], float64
+    rate: float,
 ) -> Choice:
-    """Choose the most probable nodes, as many as give the most tokens in a second.
+    """Choose the most probable nodes, as many as give the most tokens in a second over many steps.
 
     A request emits a token for each node that is accepted, and one more. So a step that verifies m nodes is expected to
-    emit ``num_reqs`` tokens and the sum of the nodes' probabilities.
+    emit ``num_reqs`` tokens and the sum of the nodes' probabilities. It delays the steps behind it, which would emit
+    ``rate`` tokens in each second. So m is the number with the most tokens beyond these. Where ``rate`` is the average
+    of steps that are chosen so, no other choice has a higher one (Dinkelbach, Management Science 13(7), 1967): where
+    heads are sure a step verifies more than is best for that step alone, where they are unsure less.
 
     Args:
         probabilities: how probable it is that each node is accepted; of no meaning past a draft's length.
         lengths: nodes of each draft.
         num_reqs: requests that emit a token in the step.
         seconds: what the step takes with 0, 1, 2, ... nodes; never falling. No more nodes than that are verified.
+        rate: tokens in a second that such steps emit on average.
 
     """
     ranked = _rank(probabilities, lengths, len(seconds) - 1)
     tokens = np.full(len(ranked) + 1, num_reqs, dtype=np.float64)
     tokens[1:] += np.cumsum(probabilities.numpy().ravel()[ranked], dtype=np.float64)
-    rates = tokens / seconds.numpy()[: len(tokens)]
-    best = int(rates.argmax())
-    return Choice(_count(ranked[:best], probabilities), float(rates[best]))
+    taken = seconds.numpy()[: len(tokens)]
+    best = int((tokens - rate * taken).argmax())
+    return Choice(_count(ranked[:best], probabilities), float(tokens[best]), float(taken[best]))
 
 
 def count_most_probable(

@@ -11,16 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-HORIZON = 32
-"""Observations after which an earlier one counts a third."""
+SPEED_HORIZON = 20
+"""Observations after which an earlier one counts a third in how fast the machine is just now."""
 
-FAR = 0.02
-"""The weight of an observation at sizes far from its own, where it has 1: a machine that slows down does so at every
-size."""
+SHAPE_HORIZON = 256
+"""The same in what a size takes beside other sizes."""
 
-FIRST = 0.002
-"""The weight of the measured curve, where an observation at its own size has 1: the curve leaves out attention and the
-host's work, so only its shape is to be trusted."""
+MEASURED = 8.0
+"""The weight of the measured curve, where an observation at its own size has 1. The curve leaves out attention and the
+host's work."""
 
 MOST_SURPRISE = math.log(1.5)
 """The most by which an observation differs from what was expected, as it counts; other processes disturb a step now and
@@ -51,9 +50,11 @@ class Curve(BaseModel):
 class CostTable:
     """A curve that follows observations.
 
-    The measured curve is kept as it is, and at four sizes an octave a factor is learned: the average of what was
-    observed as a multiple of the curve, weighted by how recent and how near an observation is. So sizes that are not
-    visited follow those that are. Between sizes it is linear, beyond the last measured one too, and it never falls.
+    What was observed, as a multiple of the measured curve, is taken apart: the machine's speed just now, which is the
+    same at every size and changes within seconds, and a factor at each of four sizes an octave, the average of what was
+    observed near it. So a size that was last visited while the machine was slow does not look dear beside others, and
+    sizes that are not visited follow those that are. Between sizes it is linear, beyond the last measured one too, and
+    it never falls.
 
     Args:
         curve: what was measured.
@@ -67,21 +68,26 @@ class CostTable:
         self._sizes = np.unique(np.round(2 ** np.arange(0, np.log2(most) + 0.25, 0.25)))
         beyond = (self._sizes - sizes[-1]).clip(min=0)
         self._measured = np.interp(self._sizes, sizes, seconds) + slope * beyond
+        self._observed = 0
+        self._log_speed = 0.0
         self._log_factors = np.zeros(len(self._sizes))
-        self._weights = np.full(len(self._sizes), FIRST)
+        self._weights = np.full(len(self._sizes), MEASURED)
         self._seconds = self._measured
 
     def observe(self, size: int, seconds: float) -> None:
         """Note what work of a size took."""
         measured = float(np.interp(size, self._sizes, self._measured))
-        expected = float(np.interp(size, self._sizes, self._log_factors))
+        expected = self._log_speed + float(np.interp(size, self._sizes, self._log_factors))
         surprise = math.log(seconds / measured) - expected
-        found = expected + min(max(surprise, -MOST_SURPRISE), MOST_SURPRISE)
+        surprise = min(max(surprise, -MOST_SURPRISE), MOST_SURPRISE)
+        self._observed += 1
+        of_speed = surprise / min(self._observed, SPEED_HORIZON)
+        self._log_speed += of_speed
         octaves = np.log2(self._sizes / size)
-        nearness = FAR + (1 - FAR) * np.exp(-8 * octaves * octaves)
-        self._weights = self._weights * (1 - 1 / HORIZON) + nearness
-        self._log_factors = self._log_factors + nearness / self._weights * (found - self._log_factors)
-        self._seconds = np.maximum.accumulate(self._measured * np.exp(self._log_factors))
+        nearness = np.exp(-8 * octaves * octaves)
+        self._weights = self._weights * (1 - 1 / SHAPE_HORIZON) + nearness
+        self._log_factors = self._log_factors + nearness / self._weights * (surprise - of_speed)
+        self._seconds = np.maximum.accumulate(self._measured * np.exp(self._log_speed + self._log_factors))
 
     def between(self, first: int, last: int) -> np.ndarray:
         """Return the seconds of all sizes from ``first`` to ``last``, both included, float64."""

@@ -26,6 +26,15 @@ RETRYING_RATE = 1 / 4
 """The least that a step counts while heads are asked seldom."""
 
 
+@dataclass
+class _Gain:
+    """What steps under one load are expected to emit and to take on average, and whether speculation has ended."""
+
+    tokens: float = FIRST_GAIN
+    plain_steps: float = 1.0
+    idle: bool = False
+
+
 class Gains:
     """How much faster than plain decoding speculation is expected to be, with the heads' own time, by load.
 
@@ -33,27 +42,29 @@ class Gains:
     """
 
     def __init__(self) -> None:
-        self._average: dict[int, float] = {}
-        self._idle: set[int] = set()
+        self._by_load: defaultdict[int, _Gain] = defaultdict(_Gain)
 
-    def pays(self, num_reqs: int, gain: float) -> bool:
-        """Note a step's expected gain, and return whether speculation pays under this load.
+    def of(self, num_reqs: int) -> float:
+        """Return the average tokens per second under this load, by those of plain decoding."""
+        average = self._by_load[load_of(num_reqs)]
+        return average.tokens / average.plain_steps
+
+    def pays(self, num_reqs: int, tokens: float, plain_steps: float) -> bool:
+        """Note what a step is expected to gain, and return whether speculation pays under this load.
 
         Args:
             num_reqs: requests of the step.
-            gain: expected tokens per second with the proposal and its verification, by those of plain decoding.
+            tokens: that the step is expected to emit for each of them.
+            plain_steps: what its verification and a proposal take together, in steps of plain decoding.
 
         """
-        load = load_of(num_reqs)
-        rate = max(num_reqs / (num_reqs + REQUESTS), RETRYING_RATE if load in self._idle else 0)
-        average = self._average.get(load, FIRST_GAIN)
-        average += rate * (gain - average)
-        self._average[load] = average
-        if average < 1:
-            self._idle.add(load)
-        elif average > 1 + MARGIN:
-            self._idle.discard(load)
-        return load not in self._idle
+        average = self._by_load[load_of(num_reqs)]
+        rate = max(num_reqs / (num_reqs + REQUESTS), RETRYING_RATE if average.idle else 0)
+        average.tokens += rate * (tokens - average.tokens)
+        average.plain_steps += rate * (plain_steps - average.plain_steps)
+        gain = self.of(num_reqs)
+        average.idle = gain <= 1 + MARGIN if average.idle else gain < 1
+        return not average.idle
 
 
 @dataclass

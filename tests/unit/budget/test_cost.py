@@ -60,6 +60,18 @@ def test_a_machine_that_slows_down_does_so_at_sizes_that_are_not_visited_too() -
     assert table.at(16) == pytest.approx(12.0, rel=0.05)
 
 
+def test_a_size_that_was_last_visited_while_the_machine_was_slow_is_no_dearer_beside_others() -> None:
+    table = CostTable(CURVE, 64)
+    for _ in range(100):
+        table.observe(2, 1.25)
+        table.observe(8, 3.0)
+    for size, seconds in ((2, 1.5 * 1.25), (8, 3.0)):
+        for _ in range(12):
+            table.observe(size, seconds)
+    assert table.at(8) == pytest.approx(3.0, rel=0.1)
+    assert table.at(8) / table.at(2) == pytest.approx(3.0 / 1.25, rel=0.1)
+
+
 def test_one_disturbed_step_changes_little() -> None:
     table = CostTable(CURVE, 64)
     for _ in range(100):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vllm_medusa.budget.pauses import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, Gains, Pauses
 
 
@@ -51,8 +53,16 @@ def test_one_verified_draft_ends_all_patience_lost() -> None:
 
 def test_speculation_ends_where_it_is_slower_on_average_and_begins_again_where_it_is_clearly_faster() -> None:
     gains = Gains()
-    assert [gains.pays(1, gain) for gain in (0.85, 1.9) * 20] == [True] * 40
-    assert not [gains.pays(64, 0.9) for _ in range(3)][-1]
-    assert not [gains.pays(64, 1.01) for _ in range(60)][-1]
-    assert [gains.pays(64, 1.2) for _ in range(20)][-1]
-    assert gains.pays(1, 1.0)
+    assert [gains.pays(1, gain, 1.0) for gain in (0.85, 1.9) * 20] == [True] * 40
+    assert not [gains.pays(64, 0.9, 1.0) for _ in range(3)][-1]
+    assert not [gains.pays(64, 1.01, 1.0) for _ in range(60)][-1]
+    assert [gains.pays(64, 1.2, 1.0) for _ in range(20)][-1]
+    assert gains.pays(1, 1.0, 1.0)
+
+
+def test_a_gain_is_all_tokens_by_all_time() -> None:
+    """Not the average of each step's gain: steps that take long count as long as they take."""
+    gains = Gains()
+    for step in range(400):
+        gains.pays(64, *((1.2, 1.0) if step % 2 else (6.0, 4.0)))
+    assert gains.of(64) == pytest.approx((1.2 + 6.0) / (1.0 + 4.0), rel=0.15)

@@ -128,7 +128,7 @@ class BudgetManager(AdaptiveVerificationManager):
         accepted = np.sort(np.cumprod(confidences, axis=1, dtype=np.float64)[is_node])[::-1][:budget].sum()
         plain = verification[num_reqs]
         speculating = proposal[num_reqs] + verification[num_reqs + budget]
-        return self._gains.pays(num_reqs, (num_reqs + accepted) / num_reqs * plain / speculating)
+        return self._gains.pays(num_reqs, (num_reqs + accepted) / num_reqs, speculating / plain)
 
 
 def lacking(vllm_config: VllmConfig) -> str | None:

@@ -16,7 +16,6 @@ whole requests, as clients see it.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -290,21 +289,29 @@ def decode(llm: Any, load: Load, clock: Callable[[], float]) -> Iterator[Round]:
 
 
 def summarise(rounds: dict[str, list[Round]]) -> dict[str, Result]:
-    """Reduce the rounds of all contenders under one load."""
+    """Reduce the rounds of all contenders under one load.
+
+    A speed is all tokens by all seconds: rounds have other prompts, and are short. What disturbs the machine disturbs
+    all contenders, since they take turns. Speedups are taken over the rounds that both had.
+    """
     found = {}
     for name, own in rounds.items():
-        speeds = [each.tokens / each.seconds for each in own]
-        plain = [each.tokens / each.seconds for each in rounds.get(PLAIN, [])]
+        plain = rounds.get(PLAIN, [])
+        both = min(len(own), len(plain))
         times = sorted(1e3 * time for each in own for time in each.times_per_token)
         found[name] = Result(
-            tokens_per_second=statistics.median(speeds),
-            speedup=statistics.median(a / b for a, b in zip(speeds, plain, strict=False)) if plain else None,
+            tokens_per_second=_speed(own),
+            speedup=_speed(own[:both]) / _speed(plain[:both]) if both else None,
             time_per_token_p50=times[len(times) // 2],
             time_per_token_p95=times[len(times) * 95 // 100],
             rows_per_step=sum(len(each.times_per_token) * each.steps + each.drafted for each in own)
             / sum(each.steps for each in own),
         )
     return found
+
+
+def _speed(rounds: Sequence[Round]) -> float:
+    return sum(each.tokens for each in rounds) / sum(each.seconds for each in rounds)
 
 
 if __name__ == "__main__":

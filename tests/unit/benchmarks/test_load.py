@@ -14,12 +14,18 @@ from load_servers import Traffic, bench_options, command, result_of
 from vllm_medusa.demo.engine import Engine
 
 
-def test_speedup_is_taken_round_by_round_and_rows_are_those_of_a_step() -> None:
-    plain = [Round(40, 4.0, 10, 0, [0.4, 0.4]), Round(40, 8.0, 10, 0, [0.8, 0.8])]
-    tree = [Round(40, 2.0, 5, 20, [0.1, 0.3]), Round(40, 4.0, 5, 30, [0.2, 0.4])]
+def test_speed_is_all_tokens_by_all_seconds_and_rows_are_those_of_a_step() -> None:
+    plain = [Round(40, 4.0, 10, 0, [0.4, 0.4]), Round(40, 6.0, 10, 0, [0.8, 0.8])]
+    tree = [Round(40, 1.0, 5, 20, [0.1, 0.3]), Round(40, 4.0, 5, 30, [0.2, 0.4])]
     found = summarise({"plain": plain, "tree_4": tree})
-    assert found["plain"] == Result(7.5, 1.0, 800.0, 800.0, 2.0)
-    assert found["tree_4"] == Result(15.0, 2.0, 300.0, 400.0, 7.0)
+    assert found["plain"] == Result(8.0, 1.0, 800.0, 800.0, 2.0)
+    assert found["tree_4"] == Result(16.0, 2.0, 300.0, 400.0, 7.0)
+
+
+def test_a_contender_of_fewer_rounds_is_compared_over_these() -> None:
+    plain = [Round(40, 4.0, 10, 0, [0.4, 0.4]), Round(40, 8.0, 10, 0, [0.8, 0.8])]
+    found = summarise({"plain": plain, "tree_63": [Round(40, 16.0, 5, 20, [0.1, 0.3])]})
+    assert found["tree_63"].speedup == 0.25
 
 
 def test_rounds_of_a_load_have_the_next_prompts_and_repeat_them_where_they_are_few() -> None:

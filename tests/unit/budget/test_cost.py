@@ -80,6 +80,19 @@ def test_one_disturbed_step_changes_little() -> None:
     assert table.at(4) == pytest.approx(1.5, rel=0.03)
 
 
+def test_rounds_say_what_a_size_takes_beside_others_though_the_machine_slows_down_between_them() -> None:
+    true = np.array([1.0, 1.25, 1.5])
+    times = np.array([1.0, 3.0, 1.1, 0.9, 2.0])[:, None] * true
+    times[3, 0] *= 5  # Something else ran.
+    found = np.array(Curve.of_rounds((1, 2, 4), times).seconds)
+    assert found / found[0] == pytest.approx(true, rel=1e-6)
+    assert 1.0 <= found[0] <= 2.0
+
+
+def test_of_rounds_no_size_takes_longer_than_a_larger_one() -> None:
+    assert Curve.of_rounds((1, 2, 4), np.array([[1.0, 2.0, 1.5]] * 3)).seconds == pytest.approx((1.0, 1.5, 1.5))
+
+
 @pytest.mark.parametrize(
     ("sizes", "seconds"),
     [((), ()), ((1, 2), (1.0,)), ((2, 1), (1.0, 1.0)), ((1, 1), (1.0, 1.0)), ((0,), (1.0,)), ((1,), (0.0,))],

@@ -27,15 +27,15 @@ from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import describe
 from vllm_medusa.versions import installed_versions
 
-ROUNDS = 3
-"""Each size is measured so often again, in turns; the least time is what other processes have disturbed least."""
+MOST_ROUNDS = 10
+"""Each size is measured at most so often again, in turns."""
 
 LONG_RUN, SIZES_AT_LEAST = 0.25, 8
 """Seconds of a run after which no larger size is measured, but so many sizes are. Beyond, time grows with the size: the
 cores are busy."""
 
-LONG_ROUND = 2.0
-"""Seconds of a round after which there is only one more."""
+ENOUGH = 8.0
+"""Seconds of all rounds after which there is no further one; but there is one more after the first."""
 
 
 def known_costs(runner: CPUModelRunner, proposer: MedusaProposer, max_rows: int, max_num_reqs: int) -> Costs:
@@ -103,11 +103,9 @@ def _curve(run: Callable[[int], None], most: int) -> Curve:
         first.append(agreed(_timed(run, size)))
         if first[-1] > LONG_RUN and len(sizes) >= SIZES_AT_LEAST:
             break
-    rounds = 1 if sum(first) > LONG_ROUND else ROUNDS
+    rounds = min(max(int(ENOUGH / sum(first)), 1), MOST_ROUNDS)
     times = [first, *([_timed(run, size) for size in sizes] for _ in range(rounds))]
-    # No size takes longer than a larger one; where it did, something else ran.
-    least = np.minimum.accumulate(np.min(times, axis=0)[::-1])[::-1]
-    return Curve(sizes=tuple(sizes), seconds=tuple(least.tolist()))
+    return Curve.of_rounds(sizes, np.array(times))
 
 
 def _sizes(most: int) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from vllm_medusa.budget.choice import choose, count_most_probable
 from vllm_medusa.budget.correction import Correction
 from vllm_medusa.budget.cost import CostTable
+from vllm_medusa.budget.growth import Growth
 from vllm_medusa.budget.pauses import Gains, Pauses
 from vllm_medusa.budget.store import Costs
 from vllm_medusa.budget.tally import Tally
@@ -37,6 +38,7 @@ class Budget:
         self._max_depth = max_depth
         self._pauses = Pauses()
         self._gains = Gains()
+        self._growth = Growth()
         self._verification: CostTable | None = None
         self._proposal: CostTable | None = None
         self._max_rows = 0
@@ -65,6 +67,12 @@ class Budget:
         if num_reqs:
             self.tally.began(num_reqs)
         return num_reqs > 0 and self._pauses.asks_heads(num_reqs)
+
+    def least_parent(self, num_reqs: int) -> float:
+        """Return the least probability, as the heads say, of a node whose children may be worth verifying; or 0."""
+        if self.most is not None:
+            return 0.0
+        return self._growth.least_parent(num_reqs) / float(self.correction.ratios.max())
 
     def cut(
         self,
@@ -109,6 +117,7 @@ class Budget:
         plain = float(steps[0])
         rate = max(self._gains.of(num_reqs), 1) * num_reqs / plain
         choice = choose(probabilities, lengths, num_reqs, steps + self._proposal.at(num_reqs), rate)
+        self._growth.left(num_reqs, choice.left)
         if self._gains.pays(num_reqs, choice.tokens / num_reqs, choice.seconds / plain):
             return choice.lengths
         self._unverified += 1

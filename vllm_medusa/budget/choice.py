@@ -21,12 +21,14 @@ class Choice:
         lengths: ``[num_reqs]``, int64: nodes of each request.
         tokens: what the step is expected to emit.
         seconds: what it is expected to take.
+        left: the probability of the most probable node that is not verified; 0 if all are.
 
     """
 
     lengths: torch.Tensor
     tokens: float
     seconds: float
+    left: float
 
 
 def choose(
@@ -53,11 +55,13 @@ def choose(
 
     """
     ranked = _rank(probabilities, lengths, len(seconds) - 1)
+    falling = probabilities.numpy().ravel()[ranked]
     tokens = np.full(len(ranked) + 1, num_reqs, dtype=np.float64)
-    tokens[1:] += np.cumsum(probabilities.numpy().ravel()[ranked], dtype=np.float64)
+    tokens[1:] += np.cumsum(falling, dtype=np.float64)
     taken = seconds.numpy()[: len(tokens)]
     best = int((tokens - rate * taken).argmax())
-    return Choice(_count(ranked[:best], probabilities), float(tokens[best]), float(taken[best]))
+    left = float(falling[best]) if best < len(falling) else 0.0
+    return Choice(_count(ranked[:best], probabilities), float(tokens[best]), float(taken[best]), left)
 
 
 def count_most_probable(

@@ -41,16 +41,18 @@ class MedusaProposer:
         self,
         hidden: torch.Tensor,  # [num_reqs, hidden_size]
         roots: torch.Tensor,  # [num_reqs], int64
+        least_parent: float = 0.0,
     ) -> Drafts:
         """Draft each request's next tokens.
 
         Args:
             hidden: the target's normed hidden state at the row where each request stopped.
             roots: the token that was drawn there; read by sequential heads only.
+            least_parent: the least probability of a node that has children, where levels are grown one by one.
 
         """
         if isinstance(self.tree, BeamTree):
-            return self.tree.draft(self.model.by_level(hidden), roots)
+            return self.tree.draft(self.model.by_level(hidden), roots, least_parent)
         if self.model.paths is not None:
             assert isinstance(self.tree, StaticTree)
             return self.tree.draft_by_level(self.model.by_level(hidden), roots)

@@ -5,7 +5,7 @@ What such a head says of a node's children depends on the node, so probabilities
 the most probable nodes, the beam, are asked for their children; of all nodes so found the most probable ones make the
 tree. A path's probability is the product of its tokens', each given the path before it. It falls along the path, so
 every parent comes before its children. Against the best tree of as many nodes only children of nodes outside the beam
-can be missing. All shapes are fixed.
+can be missing. All shapes are fixed, but where levels are left out (``least_parent``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 import math
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_medusa.tree.candidates import grow_trees
 from vllm_medusa.tree.drafts import Drafts
@@ -61,17 +62,21 @@ class BeamTree:
         self,
         heads: LevelHeads,
         roots: torch.Tensor,  # [num_reqs], int64
+        least_parent: float = 0.0,
     ) -> Drafts:
         """Grow each request's tree, best first.
 
         Args:
             heads: heads that have not been asked yet.
             roots: the token that the target has sampled last.
+            least_parent: the least probability of a node that has children. Above 0 heads are asked for no more nodes
+                than some request has of these, and not for levels where none has one, which waits for the device.
 
         """
         num_reqs = len(roots)
         asked, own = Asked(roots[:, None]), roots.new_zeros(num_reqs, 1)  # Candidate 0 is the root.
         scores = torch.zeros(num_reqs, 1, device=roots.device)
+        num_found = 1
         all_tokens, all_parents, all_scores = [asked.tokens], [own], [scores]
         for depth in range(1, self.depth + 1):
             log_probs, tokens = heads.top_predictions(asked, self.top_k)
@@ -80,11 +85,20 @@ class BeamTree:
             all_tokens.append(tokens)
             all_parents.append(own.repeat_interleave(self.top_k, dim=1))
             all_scores.append(of_path)
-            if depth < self.depth:
-                scores, index = of_path.topk(min(self.beam, of_path.shape[1]), dim=1)
-                asked = Asked(tokens.gather(1, index), index // self.top_k)
-                own = index + self._candidates(depth - 1)
+            if depth == self.depth:
+                break
+            scores, index = of_path.topk(min(self.beam, of_path.shape[1]), dim=1)
+            if least_parent:
+                width = int((scores >= math.log(least_parent)).sum(dim=1).max())
+                if not width:
+                    break
+                scores, index = scores[:, :width], index[:, :width]
+            asked = Asked(tokens.gather(1, index), index // self.top_k)
+            own = index + num_found
+            num_found += tokens.shape[1]
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in (all_tokens, all_parents, all_scores))
+        missing = (0, max(self.num_nodes + 1 - tokens.shape[1], 0))
+        tokens, parents, scores = pad(tokens, missing), pad(parents, missing), pad(scores, missing, value=-math.inf)
         return grow_trees(scores, parents, self._rows, self.min_probability, lambda node: tokens.gather(1, node))
 
     def _candidates(self, depth: int) -> int:

@@ -86,6 +86,24 @@ def test_what_is_never_accepted_is_not_verified_for_long() -> None:
     assert sum(lengths[100:]) < 5
 
 
+def test_children_are_worth_asking_for_only_of_nodes_as_probable_as_those_that_are_left() -> None:
+    """Rows cost a third of a step each, so of these nodes the first two are verified."""
+    costs = Costs(verification=Curve(sizes=(1, 256), seconds=(1.0, 86.0)), proposal=Curve(sizes=(1,), seconds=(0.01,)))
+    following, batch = budget(costs), drafts([0.9, 0.8, 0.1])
+    assert following.least_parent(1) == 0.0
+    for _ in range(200):
+        assert int(following.cut(["a"], batch, all_emit(1)).lengths) == 2
+    assert following.least_parent(1) == pytest.approx(0.1, rel=1e-3)
+    assert following.least_parent(8) == 0.0
+
+
+def test_where_a_number_is_verified_or_all_nodes_whole_trees_are_grown() -> None:
+    for following in (Budget(DEPTH, most=1), budget(FREE)):
+        for _ in range(50):
+            following.cut(["a"], drafts([0.9, 0.8, 0.1]), all_emit(1))
+        assert following.least_parent(1) == 0.0
+
+
 def test_once_in_a_while_something_is_verified_that_does_not_seem_to_pay() -> None:
     following = budget(DEAR)
     lengths = [int(following.cut(["a"], drafts([0.9, 0.8, 0.1]), all_emit(1)).lengths) for _ in range(500)]

@@ -96,6 +96,15 @@ def test_more_rows_than_there_are_costs_for_are_not_chosen() -> None:
     assert choice.lengths.tolist() == [3, 0]
 
 
+def test_a_choice_says_how_probable_the_best_node_is_that_it_leaves() -> None:
+    probabilities, lengths = torch.tensor([[0.9, 0.5, 0.2], [0.6, 0.3, 0.1]]), torch.tensor([3, 2])
+    seconds = torch.arange(1, 7, dtype=torch.float64)
+    for rate, chosen, left in ((0.4, [2, 1], 0.3), (0.25, [2, 2], 0.2), (0.1, [3, 2], 0.0)):
+        choice = choose(probabilities, lengths, 2, seconds, rate)
+        assert choice.lengths.tolist() == chosen
+        assert choice.left == pytest.approx(left)
+
+
 @deterministic
 @given(batches(), st.integers(0, 20))
 def test_a_number_leaves_the_most_probable_nodes(batch: tuple[torch.Tensor, torch.Tensor], most: int) -> None:

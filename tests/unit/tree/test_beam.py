@@ -58,6 +58,11 @@ def paths_of(tokens: torch.Tensor, parents: torch.Tensor) -> list[Path]:
     return paths[1:]
 
 
+def score_of(heads: TableHeads, request: int, path: Path, top_k: int) -> float:
+    """Return the logarithm of a path's probability."""
+    return float(sum(heads.log_probs(request, path[:depth], top_k)[token] for depth, token in enumerate(path)))
+
+
 def best_first(heads: TableHeads, request: int, depth: int, nodes: int, top_k: int) -> float:
     """Return the summed probability of the tree of the ``nodes`` most probable paths."""
     total, frontier = 0.0, [(0.0, ())]
@@ -95,8 +100,7 @@ def test_a_draft_holds_different_paths_with_parents_first_and_their_probabilitie
         paths = paths_of(tokens, parents)
         assert len(set(paths[:length])) == length
         for path, score in zip(paths[:length], scores.tolist(), strict=False):
-            terms = [heads.log_probs(request, path[:depth], tree.top_k)[token] for depth, token in enumerate(path)]
-            assert score == pytest.approx(float(sum(terms)), abs=1e-5)
+            assert score == pytest.approx(score_of(heads, request, path, tree.top_k), abs=1e-5)
         assert scores[:length].tolist() == sorted(scores[:length].tolist(), reverse=True)
         if tree.min_probability:
             assert bool((scores[:length] >= math.log(tree.min_probability)).all())
@@ -115,6 +119,59 @@ def test_a_beam_that_holds_every_node_gives_the_best_tree(tree: BeamTree, num_re
         best = best_first(heads, request, tree.depth, tree.num_nodes, tree.top_k)
         if not tree.min_probability:
             assert float(kept.sum()) == pytest.approx(best, abs=1e-4)
+
+
+@deterministic
+@given(
+    tree=trees(),
+    num_reqs=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+    least_parent=st.sampled_from([0.05, 0.2, 0.4, 0.9]),
+)
+def test_a_tree_without_children_of_improbable_nodes_holds_every_node_that_is_as_probable(
+    tree: BeamTree, num_reqs: int, seed: int, least_parent: float
+) -> None:
+    roots = torch.zeros(num_reqs, dtype=torch.int64)
+
+    whole = tree.draft(TableHeads(num_reqs, seed), roots)
+    drafts = tree.draft(TableHeads(num_reqs, seed), roots, least_parent)
+
+    assert drafts.tokens.shape == drafts.parents.shape == whole.tokens.shape
+    assert drafts.log_probs is not None
+    assert whole.log_probs is not None
+    assert all(parent <= node for row in drafts.parents.tolist() for node, parent in enumerate(row))
+    for request in range(num_reqs):
+        kept = int((whole.log_probs[request] >= math.log(least_parent)).sum())
+        assert torch.equal(drafts.log_probs[request, :kept], whole.log_probs[request, :kept])
+        length = int(drafts.lengths[request])
+        paths = paths_of(drafts.tokens[request], drafts.parents[request])[:length]
+        assert len(set(paths)) == length
+        heads = TableHeads(num_reqs, seed)
+        for path, score in zip(paths, drafts.log_probs[request].tolist(), strict=False):
+            assert score == pytest.approx(score_of(heads, request, path, tree.top_k), abs=1e-5)
+
+
+def test_heads_are_asked_for_no_more_nodes_and_levels_than_some_request_has_probable_parents() -> None:
+    class Sure(TableHeads):
+        """The first request's heads are sure of their first two tokens, the second one's of none."""
+
+        asked: list[int]
+
+        def log_probs(self, request: int, path: Path, top_k: int) -> torch.Tensor:
+            sure = request == 0 and len(path) < 2
+            return torch.tensor([0.9, 0.1, 0.0] if sure else [0.2, 0.2, 0.1]).log()
+
+        def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+            self.asked.append(asked.tokens.shape[1])
+            return super().top_predictions(asked, top_k)
+
+    tree, roots = BeamTree(4, 9, 3, 3, 0.0), torch.zeros(2, dtype=torch.int64)
+    for least_parent, widths in ((0.0, [1, 3, 3, 3]), (0.15, [1, 2, 1, 2]), (0.5, [1, 1, 1]), (0.95, [1])):
+        heads = Sure(2, 0)
+        heads.asked = []
+        drafts = tree.draft(heads, roots, least_parent)
+        assert heads.asked == widths
+        assert drafts.tokens.shape == (2, 9)
 
 
 def test_heads_that_predict_no_numbers_draft_nothing() -> None:

@@ -26,12 +26,14 @@ class StepBudget:
     Args:
         budget: what decides.
         report: tells people of it; None where another rank does.
+        num_ranks: tensor-parallel ranks.
 
     """
 
-    def __init__(self, budget: Budget, report: BudgetReport | None) -> None:
+    def __init__(self, budget: Budget, report: BudgetReport | None, num_ranks: int) -> None:
         self.budget = budget
         self._report = report
+        self._num_ranks = num_ranks
         self._began = 0.0
 
     @classmethod
@@ -41,7 +43,8 @@ class StepBudget:
         if options is None or options.medusa_budget == "off":
             return None
         most = options.medusa_budget if isinstance(options.medusa_budget, int) else None
-        return cls(Budget(max_depth, most), report_of(vllm_config))
+        num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        return cls(Budget(max_depth, most), report_of(vllm_config), num_ranks)
 
     def begin(self) -> None:
         """Start the clock."""
@@ -78,6 +81,16 @@ class StepBudget:
         self.begin()
         drafting = emitting if most is None else emitting & (most.numpy() > 0)
         return self.budget.asks_heads(int(drafting.sum()))
+
+    def least_parent(
+        self,
+        emitting: np.ndarray,  # [num_reqs], bool
+    ) -> float:
+        """Return the least probability of a node that is to have children; see ``BeamTree.draft``.
+
+        Ranks ask their heads together, as many times, and each has measured other times; so several grow whole trees.
+        """
+        return self.budget.least_parent(int(emitting.sum())) if self._num_ranks == 1 else 0.0
 
     def proposed(self, num_reqs: int) -> None:
         """Stop the proposal's clock."""

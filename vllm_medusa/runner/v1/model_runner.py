@@ -173,7 +173,8 @@ class MedusaModelRunner(CPUModelRunner):
         emitting = ~self.discard_request_mask.np[: len(req_ids)]
         if self._budget is not None and not self._budget.asks_heads(emitting, most):
             return [[] for _ in req_ids]
-        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens)
+        least_parent = 0.0 if self._budget is None else self._budget.least_parent(emitting)
+        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens, least_parent)
         if most is not None:
             drafts = drafts.cut(most)
         if self._budget is not None:

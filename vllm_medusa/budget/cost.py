@@ -103,7 +103,7 @@ class CostTable:
         of_speed = surprise / min(self._observed, SPEED_HORIZON)
         self._log_speed += of_speed
         octaves = np.log2(self._sizes / size)
-        nearness = np.exp(-8 * octaves * octaves)
+        nearness = np.exp(-32 * octaves * octaves)
         self._weights = self._weights * (1 - 1 / SHAPE_HORIZON) + nearness
         self._log_factors = self._log_factors + nearness / self._weights * (surprise - of_speed)
         self._seconds = np.maximum.accumulate(self._measured * np.exp(self._log_speed + self._log_factors))

@@ -11,10 +11,14 @@ RATE = 1 / 16
 """The weight of a step in the average."""
 
 
+BEST_CHILD = 0.5
+"""How probable a best child is taken to be, given its parent: heads are seldom surer, and a level has its price."""
+
+
 class Growth:
     """The most probable node that a step leaves unverified, on average, by load.
 
-    A node's children are at most as probable as the node. So those of a less probable one are not worth asking for.
+    Children are worth asking for where the best one is expected to be more probable than that.
     """
 
     def __init__(self) -> None:
@@ -27,4 +31,4 @@ class Growth:
 
     def least_parent(self, num_reqs: int) -> float:
         """Return the least probability of a node whose children may be worth verifying under this load."""
-        return self._average[load_of(num_reqs)]
+        return min(self._average[load_of(num_reqs)] / BEST_CHILD, 1.0)

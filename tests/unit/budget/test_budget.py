@@ -11,6 +11,7 @@ from hypothesis import given
 from tests.unit.strategies import deterministic, trees
 from vllm_medusa.budget.budget import Budget, node_depths
 from vllm_medusa.budget.cost import Curve
+from vllm_medusa.budget.growth import BEST_CHILD
 from vllm_medusa.budget.pauses import LONGEST_PAUSE
 from vllm_medusa.budget.store import Costs
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
@@ -86,14 +87,14 @@ def test_what_is_never_accepted_is_not_verified_for_long() -> None:
     assert sum(lengths[100:]) < 5
 
 
-def test_children_are_worth_asking_for_only_of_nodes_as_probable_as_those_that_are_left() -> None:
+def test_children_are_worth_asking_for_where_the_best_is_probably_better_than_what_is_left() -> None:
     """Rows cost a third of a step each, so of these nodes the first two are verified."""
     costs = Costs(verification=Curve(sizes=(1, 256), seconds=(1.0, 86.0)), proposal=Curve(sizes=(1,), seconds=(0.01,)))
     following, batch = budget(costs), drafts([0.9, 0.8, 0.1])
     assert following.least_parent(1) == 0.0
     for _ in range(200):
         assert int(following.cut(["a"], batch, all_emit(1)).lengths) == 2
-    assert following.least_parent(1) == pytest.approx(0.1, rel=1e-3)
+    assert following.least_parent(1) == pytest.approx(0.1 / BEST_CHILD, rel=1e-3)
     assert following.least_parent(8) == 0.0
 
 

@@ -21,8 +21,11 @@ from vllm_medusa.budget.budget import Budget
 from vllm_medusa.budget.cost import Curve
 from vllm_medusa.budget.pauses import LONGEST_PAUSE
 from vllm_medusa.budget.store import Costs
+from vllm_medusa.model.paths import PathHeads
 from vllm_medusa.runner.v1 import costs as measuring
 from vllm_medusa.runner.v1 import model_runner as serving
+from vllm_medusa.tree.levels import Asked
+from vllm_medusa.tree.options import DYNAMIC_BEAM
 
 on_v1 = pytest.mark.skipif(UNDER_TEST.is_v2, reason="on V2 drafts are as long as the tree")
 
@@ -108,6 +111,27 @@ def test_a_request_alone_verifies_more_nodes_than_each_of_many(cut: Run) -> None
 
     print("\nnodes of a request, alone and among most:", nodes_each(1), nodes_each(MOST))
     assert nodes_each(1) > 1.3 * nodes_each(MOST) > 0
+
+
+@on_v1
+def test_texts_are_plain_where_sequential_heads_are_not_asked_for_all_levels_and_nodes(
+    plain: Plain, tiny_target: Path, tiny_sequential_heads: Path
+) -> None:
+    asked: list[tuple[bool, int]] = []
+    ask = PathHeads.top_predictions
+
+    def noting(heads: PathHeads, nodes: Asked, top_k: int) -> Any:
+        asked.append((nodes.parents is None, nodes.tokens.shape[1]))
+        return ask(heads, nodes, top_k)
+
+    with fixed_costs(SEVERAL), patch.object(PathHeads, "top_predictions", noting):
+        run = Run(plain, tiny_target, tiny_sequential_heads, "dynamic", medusa_budget="auto")
+    assert_texts_are_plain(run, plain)
+    assert run.counters.accepted > 0
+    proposals = sum(first for first, _ in asked)
+    print("\nlevels of a proposal:", len(asked) / proposals)
+    assert proposals < len(asked) < 4 * proposals
+    assert {1, DYNAMIC_BEAM} < {nodes for first, nodes in asked if not first}
 
 
 @on_v1

@@ -97,8 +97,9 @@ class BeamTree:
             own = index + num_found
             num_found += tokens.shape[1]
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in (all_tokens, all_parents, all_scores))
-        missing = (0, max(self.num_nodes + 1 - tokens.shape[1], 0))
-        tokens, parents, scores = pad(tokens, missing), pad(parents, missing), pad(scores, missing, value=-math.inf)
+        if (missing := self.num_nodes + 1 - tokens.shape[1]) > 0:
+            tokens, parents = pad(tokens, (0, missing)), pad(parents, (0, missing))
+            scores = pad(scores, (0, missing), value=-math.inf)
         return grow_trees(scores, parents, self._rows, self.min_probability, lambda node: tokens.gather(1, node))
 
     def _candidates(self, depth: int) -> int:

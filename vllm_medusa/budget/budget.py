@@ -69,9 +69,10 @@ class Budget:
         return num_reqs > 0 and self._pauses.asks_heads(num_reqs)
 
     def least_parent(self, num_reqs: int) -> float:
-        """Return the least probability, as the heads say, of a node whose children may be worth verifying; or 0."""
-        if self.most is not None:
-            return 0.0
+        """Return the least probability, as the heads say, of a node whose children may be worth verifying.
+
+        It is 0 where nodes are not chosen by cost.
+        """
         return self._growth.least_parent(num_reqs) / float(self.correction.ratios.max())
 
     def cut(

@@ -10,7 +10,6 @@ from vllm_medusa.budget.pauses import load_of
 RATE = 1 / 16
 """The weight of a step in the average."""
 
-
 BEST_CHILD = 0.5
 """How probable a best child is taken to be, given its parent: heads are seldom surer, and a level has its price."""
 

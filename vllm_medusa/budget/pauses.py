@@ -34,6 +34,10 @@ class _Gain:
     plain_steps: float = 1.0
     idle: bool = False
 
+    @property
+    def gain(self) -> float:
+        return self.tokens / self.plain_steps
+
 
 class Gains:
     """How much faster than plain decoding speculation is expected to be, with the heads' own time, by load.
@@ -46,8 +50,7 @@ class Gains:
 
     def of(self, num_reqs: int) -> float:
         """Return the average tokens per second under this load, by those of plain decoding."""
-        average = self._by_load[load_of(num_reqs)]
-        return average.tokens / average.plain_steps
+        return self._by_load[load_of(num_reqs)].gain
 
     def pays(self, num_reqs: int, tokens: float, plain_steps: float) -> bool:
         """Note what a step is expected to gain, and return whether speculation pays under this load.
@@ -62,8 +65,7 @@ class Gains:
         rate = max(num_reqs / (num_reqs + REQUESTS), RETRYING_RATE if average.idle else 0)
         average.tokens += rate * (tokens - average.tokens)
         average.plain_steps += rate * (plain_steps - average.plain_steps)
-        gain = self.of(num_reqs)
-        average.idle = gain <= 1 + MARGIN if average.idle else gain < 1
+        average.idle = average.gain <= 1 + MARGIN if average.idle else average.gain < 1
         return not average.idle
 
 

@@ -44,7 +44,10 @@ class BeamTree:
         self.depth = min(num_heads, num_nodes)
         self.num_nodes, self.top_k = num_nodes, min(top_k, num_nodes)
         self.beam, self.min_probability = beam, min_probability
-        found = self._candidates(self.depth) - 1
+        asked = [1]
+        for _ in range(1, self.depth):
+            asked.append(min(beam, asked[-1] * self.top_k))
+        found = self.top_k * sum(asked)
         if found < num_nodes:
             raise ValueError(
                 f"medusa_tree: {self.depth} heads give trees of at most {found} nodes where {beam} of a depth may "
@@ -101,10 +104,3 @@ class BeamTree:
             tokens, parents = pad(tokens, (0, missing)), pad(parents, (0, missing))
             scores = pad(scores, (0, missing), value=-math.inf)
         return grow_trees(scores, parents, self._rows, self.min_probability, lambda node: tokens.gather(1, node))
-
-    def _candidates(self, depth: int) -> int:
-        """Return how many candidates there are of at most a depth, the root counted."""
-        asked = [1]
-        for _ in range(1, depth):
-            asked.append(min(self.beam, asked[-1] * self.top_k))
-        return 1 + self.top_k * sum(asked[:depth])

@@ -40,4 +40,4 @@ if [ -d "$shipped" ]; then
     vllm-medusa eval --model "$target" --heads "$shipped" --data "$walk/held_out" --dtype float32 \
         --output "$walk/eval_shipped.json"
 fi
-echo "--- more text: --self-prompts 9000 --max-tokens 512 (hours on 2 cores), then train --epochs 3 --draft-vocab 12288"
+echo "--- more text: --self-prompts 9000 --max-tokens 512 (hours on 2 cores), then train --epochs 3 --draft-vocab 2048"

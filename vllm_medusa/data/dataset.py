@@ -38,8 +38,6 @@ def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, lengt
         OSError: a file cannot be read.
 
     """
-    import datasets
-
     counter = BadLineCounter(bad_lines)
     padding_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     blocks = [
@@ -50,11 +48,15 @@ def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, lengt
     if not blocks:
         reason = f": {counter.first}" if counter.first else ""
         raise ValueError(f"nothing to train on in {', '.join(map(str, files)) or 'no files'}{reason}")
-    column = datasets.List(datasets.Value("int32"), length=length)
-    return datasets.Dataset.from_dict(
-        {"input_ids": [block[0] for block in blocks], "labels": [block[1] for block in blocks]},
-        features=datasets.Features({"input_ids": column, "labels": column}),
-    )
+    return _dataset(*np.stack(blocks, axis=1))
+
+
+def label_all(blocks: Dataset) -> Dataset:
+    """Return blocks of ``load_blocks`` with labels on all tokens up to a block's last label; behind it is padding."""
+    arrays = blocks.with_format("numpy")[:]
+    ids, labelled = arrays["input_ids"], arrays["labels"] != IGNORED
+    to_last = np.flip(np.maximum.accumulate(np.flip(labelled, axis=1), axis=1), axis=1)
+    return _dataset(ids, np.where(to_last, ids, IGNORED))
 
 
 def encode_record(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Sample]:
@@ -93,6 +95,19 @@ def read_samples(
             bad_lines.add(source, error)
         else:
             yield from samples
+
+
+def _dataset(
+    input_ids: np.ndarray,  # [blocks, length]
+    labels: np.ndarray,  # [blocks, length]
+) -> Dataset:
+    import datasets
+
+    column = datasets.List(datasets.Value("int32"), length=input_ids.shape[1])
+    return datasets.Dataset.from_dict(
+        {"input_ids": list(input_ids), "labels": list(labels)},
+        features=datasets.Features({"input_ids": column, "labels": column}),
+    )
 
 
 def _encode_completion(tokenizer: PreTrainedTokenizerBase, record: Completion) -> Sample:

@@ -38,7 +38,10 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=8, ge=1, description="Blocks per step and device.")
     learning_rate: float = Field(default=1e-3, gt=0, description="The heads' highest learning rate, after the warm-up.")
     warmup_steps: int = Field(default=10, ge=0, description="Steps of the learning rates' linear warm-up.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="Of the matrices in the heads' layers; AdamW updates all else."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="The optimizer's weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
     ranks: int = Field(
         default=10, ge=1, description="How many of a head's most probable tokens the held-out accuracies cover."
@@ -114,6 +117,9 @@ class TrainConfig(Medusa2Recipe):
     )
     skip_bad: bool = Field(
         default=False, description="Skip and count lines without a valid record instead of refusing them."
+    )
+    labels: Literal["answers", "all"] = Field(
+        default="answers", description="Learn what the target answers, or all tokens of the data, prompts included."
     )
     block_length: int = Field(default=2048, ge=8, description="Tokens per block.")
     output: Path = Field(description="The directory for the heads, the results and the checkpoints.")

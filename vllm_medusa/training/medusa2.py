@@ -125,11 +125,11 @@ class Medusa2Trainer(MedusaTrainer):
 
     def parameter_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
         """Give the target a lower learning rate than the heads (paper, section 2.2.2)."""
-        heads = [parameter for name, parameter in parameters.items() if is_of_heads(name)]
+        heads = {name: parameter for name, parameter in parameters.items() if is_of_heads(name)}
         target = [parameter for name, parameter in parameters.items() if not is_of_heads(name)]
         rate = self.recipe.learning_rate
         return [
-            ParameterGroup(heads, rate, self.heads_factor),
+            *self.heads_groups(heads),
             ParameterGroup(target, rate / self.recipe.learning_rate_ratio, self.target_factor),
         ]
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vllm_medusa.data.dataset import load_blocks
+from vllm_medusa.data.dataset import label_all, load_blocks
 from vllm_medusa.training.cached_blocks import cached_blocks
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.draft_vocabulary import DraftVocabulary, count_tokens
@@ -128,6 +128,8 @@ def prepare(
     model = kind(target, config, vocabulary, config.heads_loss)
     if initial is not None:
         initial.copy_to(model.heads)
+    if config.labels == "all":
+        training = label_all(training).with_format("torch")
     if isinstance(model, Medusa2) or not config.cache_hidden:
         return Task(model, training, held_out, weight.dtype, coverage)
     cached = cached_blocks(config, target, device, (training, held_out), show_progress)

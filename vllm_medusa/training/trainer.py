@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from vllm_medusa.training.accuracy import HeldOut
 from vllm_medusa.training.config import Recipe
 from vllm_medusa.training.losses import LabelCounts, count_labels
+from vllm_medusa.training.muon import Muon
 from vllm_medusa.training.progress import TrainingProgress
 from vllm_medusa.training.schedule import cosine_with_warmup
 from vllm_medusa.training.write_errors import explain_write_errors
@@ -60,11 +61,15 @@ def training_arguments(recipe: Recipe, output: Path, **options: Any) -> Training
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with one learning rate, ``learning_rate * factor(step, number of all steps)``."""
+    """Parameters with one learning rate, ``learning_rate * factor(step, number of all steps)``.
+
+    ``orthogonal``: they are matrices that Muon updates.
+    """
 
     parameters: list[nn.Parameter]
     learning_rate: float
     factor: Callable[[int, int], float]
+    orthogonal: bool = False
 
 
 class MedusaTrainer(Trainer):
@@ -113,7 +118,19 @@ class MedusaTrainer(Trainer):
 
     def parameter_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
         """Group the trained parameters, given by name."""
-        return [ParameterGroup(list(parameters.values()), self.recipe.learning_rate, self.heads_factor)]
+        return self.heads_groups(parameters)
+
+    def heads_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
+        """Group the heads' parameters: with Muon their layers' matrices, and the others."""
+        muon = self.recipe.optimizer == "muon"
+        groups = []
+        for orthogonal in (False, True):
+            chosen = [
+                each for name, each in parameters.items() if (muon and _is_layers_matrix(name, each)) == orthogonal
+            ]
+            if chosen:
+                groups.append(ParameterGroup(chosen, self.recipe.learning_rate, self.heads_factor, orthogonal))
+        return groups
 
     def heads_factor(self, step: int, total: int) -> float:
         return cosine_with_warmup(step, self.recipe.warmup_steps, total)
@@ -131,12 +148,17 @@ class MedusaTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            if self.recipe.optimizer == "muon" and self.is_fsdp_enabled:
+                raise ValueError(
+                    "optimizer must be 'adamw' under FSDP, got 'muon': it needs whole matrices, and FSDP divides them"
+                )
             self._groups = self.parameter_groups(_trained_parameters(self.model if model is None else model))
-            self.optimizer = AdamW(
-                [{"params": group.parameters, "lr": group.learning_rate} for group in self._groups],
-                weight_decay=self.recipe.weight_decay,
-                fused=True,
-            )
+            settings = [
+                {"params": group.parameters, "lr": group.learning_rate, "orthogonal": group.orthogonal}
+                for group in self._groups
+            ]
+            kind = Muon if self.recipe.optimizer == "muon" else AdamW
+            self.optimizer = kind(settings, weight_decay=self.recipe.weight_decay, fused=True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -228,6 +250,11 @@ class MedusaTrainer(Trainer):
 
 def is_of_heads(name: str) -> bool:
     return name.startswith("heads.")
+
+
+def _is_layers_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Tell the matrices of the heads' layers from biases and from LM heads, whose rows are tokens."""
+    return parameter.ndim == 2 and ".lm_heads." not in name
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.toy.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from tests.unit.strategies import deterministic
-from vllm_medusa.data.dataset import encode_record, load_blocks
+from vllm_medusa.data.dataset import encode_record, label_all, load_blocks
 from vllm_medusa.data.packing import IGNORED, OPEN_BLOCKS, Sample, pack_samples
 from vllm_medusa.data.record_files import BadLineError, BadLines
 from vllm_medusa.data.records import Completion, Conversation, Message, Role, Text, TurnTokens
@@ -165,6 +165,17 @@ def test_bad_lines_are_refused_or_skipped_wherever_they_turn_out_bad(
         blocks = load_blocks([file], tokenizer, 8, BadLines.SKIP)
     assert len(blocks) == 1
     assert [message.partition(";")[0] for message in caplog.messages] == ["bad lines skipped: 2"]
+
+
+def test_all_tokens_but_the_padding_can_be_labels(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    pairs = [("what is it? ", "a lamp"), ("and that? ", "a long chair of wood"), ("really? ", "yes")]
+    file = jsonl(tmp_path / "a.jsonl", *({"prompt": prompt, "completion": answer} for prompt, answer in pairs))
+    blocks = load_blocks((file,), tokenizer, 32, BadLines.REFUSE)
+    for before, after in zip(blocks, label_all(blocks), strict=True):
+        ids, labels = before["input_ids"], before["labels"]
+        end = max(place for place, label in enumerate(labels) if label != IGNORED) + 1
+        assert labels[0] == IGNORED
+        assert after == {"input_ids": ids, "labels": ids[:end] + [IGNORED] * (32 - end)}
 
 
 def test_nothing_to_train_on_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):

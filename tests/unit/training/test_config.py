@@ -69,6 +69,8 @@ def test_a_value_out_of_bounds_is_refused_by_name_on_one_line(name, value):
         ({"method": "medusa2", "quantization": "4bit", "target_training": "full"}, "quantization must be 'none'"),
         ({"method": "medusa2", "cache_hidden": True}, "cache_hidden must be false with method 'medusa2', got true"),
         ({"cache_directory": "c"}, "cache_directory is a setting of cache_hidden, got 'c' without it; set"),
+        ({"optimizer": "sgd"}, "optimizer: input should be 'adamw' or 'muon', got 'sgd'"),
+        ({"labels": "prompts"}, "labels: input should be 'answers' or 'all', got 'prompts'"),
         ({"heads_loss": "l2"}, "heads_loss: input should be 'cross_entropy' or 'kl', got 'l2'"),
         ({"block_length": 8, "num_heads": 7}, r"block_length must be at least 9 for 7 heads \(num_heads\), got 8"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps must be at most 5"),

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tests.unit.tiny_targets import VOCABULARY, build, counting
 from vllm_medusa.checkpoint.conversion import Layout, convert
 from vllm_medusa.checkpoint.format import read_spec, read_state, write_heads
+from vllm_medusa.data.packing import IGNORED
 from vllm_medusa.training.config import TrainConfig
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import final_hidden_states, lm_head_of
-from vllm_medusa.training.run import run_training
+from vllm_medusa.training.load import load_tokenizer
+from vllm_medusa.training.run import load_data, prepare, run_training
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,24 @@ def test_heads_of_a_draft_vocabulary_are_written_with_their_tokens_and_its_cover
     console = Console(record=True, width=200)
     result.print(console)
     assert f"{figures['coverage']['training']:.2%} of the training text's" in console.export_text()
+
+
+def test_prompts_may_be_learnt_but_neither_held_out_figures_nor_the_draft_vocabulary_are_of_them(settings, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [[f"n{token}" for token in row] for row in counting(48, 0, 20).tolist()]
+    pairs = [{"prompt": " ".join(row[:12]), "completion": " " + " ".join(row[12:])} for row in rows]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    tasks = []
+    for labels in ("answers", "all"):
+        config = medusa1(settings, data=(file,), labels=labels, draft_vocab=10)
+        blocks, held_out = load_data(config, load_tokenizer(config))
+        tasks.append(prepare(config, blocks, held_out, torch.device("cpu"), show_progress=False))
+    answers, everything = tasks
+    assert answers.coverage == everything.coverage
+    assert answers.model.heads.token_map.equal(everything.model.heads.token_map)
+    assert answers.held_out[:]["labels"].equal(everything.held_out[:]["labels"])
+    assert (answers.training[:]["labels"] == IGNORED).float().mean() > 0.5
+    assert (everything.training[:]["labels"] != IGNORED).sum() > 2 * (answers.training[:]["labels"] != IGNORED).sum()
 
 
 def test_a_draft_vocabulary_as_large_as_the_targets_is_refused(settings):

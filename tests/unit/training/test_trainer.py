@@ -15,6 +15,7 @@ from vllm_medusa.training.medusa2 import Medusa2, Medusa2Trainer
 from vllm_medusa.training.trainer import UNFINISHED, MedusaTrainer, training_arguments
 
 MEDUSA1 = Recipe(num_heads=2, batch_size=4, learning_rate=1e-2, warmup_steps=1)
+MUON = Recipe(**(MEDUSA1.model_dump() | {"optimizer": "muon"}))
 LORA = Medusa2Recipe(**MEDUSA1.model_dump(), lora_rank=2, lora_dropout=0.1)
 FULL = Medusa2Recipe(**MEDUSA1.model_dump(), target_training="full")
 
@@ -58,7 +59,7 @@ def test_a_checkpoint_holds_what_is_trained_and_never_the_frozen_target(tmp_path
     assert len(moments) == len(expected)
 
 
-@pytest.mark.parametrize(("recipe", "family"), [(MEDUSA1, "llama"), (LORA, "opt"), (FULL, "qwen3")])
+@pytest.mark.parametrize(("recipe", "family"), [(MEDUSA1, "llama"), (MUON, "llama"), (LORA, "opt"), (FULL, "qwen3")])
 def test_a_run_that_goes_on_ends_where_it_would_have_ended(tmp_path, recipe, family):
     whole = trainer(recipe, tmp_path / "whole", family)
     figures = whole.fit()
@@ -74,6 +75,25 @@ def test_a_run_that_goes_on_ends_where_it_would_have_ended(tmp_path, recipe, fam
         assert torch.equal(tensor, resumed.trained_state()[name]), name
     optimizers = [torch.load(tmp_path / run / "checkpoint-6" / "optimizer.pt") for run in ("whole", "stopped")]
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recipe", [MEDUSA1, LORA])
+def test_muon_updates_the_matrices_of_the_heads_layers_alone(tmp_path, recipe):
+    trained = trainer(type(recipe)(**(recipe.model_dump() | {"optimizer": "muon"})), tmp_path)
+    trained.fit()
+    parameters = dict(trained.model.named_parameters())
+    state = trained.optimizer.state
+    updated = {name for name, parameter in parameters.items() if "momentum" in state.get(parameter, ())}
+    assert updated == {f"heads.blocks.{head}.layers.0.weight" for head in range(2)}
+    others = {name for name, parameter in parameters.items() if "exp_avg" in state.get(parameter, ())}
+    assert updated | others == {name for name, parameter in parameters.items() if parameter.requires_grad}
+
+
+def test_muon_is_refused_where_matrices_are_divided(tmp_path):
+    divided = trainer(MUON, tmp_path)
+    divided.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' under FSDP, got 'muon'"):
+        divided.create_optimizer()
 
 
 def test_the_oldest_checkpoints_go(tmp_path):

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What keeps a budget from model runner V2 is named."""
+"""Runners and their budgets: what ranks do together, and what keeps a budget from model runner V2."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.config import CUDAGraphMode
 
+from vllm_medusa.runner.v1.budget import StepBudget
 from vllm_medusa.runner.v2.budget import lacking
 
 SERVED: dict[str, Any] = {
@@ -48,3 +50,17 @@ def test_what_an_engine_lacks_is_named(other: dict[str, Any], said: str) -> None
     reason = lacking(config(**other))
     assert reason is not None
     assert said in reason
+
+
+class SureBudget:
+    """Levels may be left out at every step."""
+
+    def least_parent(self, num_reqs: int) -> float:
+        return 0.1 * num_reqs
+
+
+@pytest.mark.parametrize(("num_ranks", "least"), [(1, 0.2), (2, 0.0)])
+def test_only_a_single_rank_leaves_levels_out(num_ranks: int, least: float) -> None:
+    budget: Any = SureBudget()
+    step = StepBudget(budget, report=None, num_ranks=num_ranks)
+    assert step.least_parent(np.array([True, False, True])) == pytest.approx(least)

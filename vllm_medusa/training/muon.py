@@ -49,10 +49,9 @@ class Muon(AdamW):
                 by_shape[matrix.shape].append(matrix)
         for shape, matrices in by_shape.items():
             updates = orthogonal(torch.stack([self._momentum(matrix) for matrix in matrices]))
-            rate = group["lr"]
-            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
-            torch._foreach_add_(matrices, updates.unbind(), alpha=-rate * ADAMW_RMS * max(shape) ** 0.5)
-            for matrix in matrices:
+            length = group["lr"] * ADAMW_RMS * max(shape) ** 0.5
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-length)
                 matrix.grad = None  # AdamW leaves it alone.
 
     def _momentum(self, matrix: torch.Tensor) -> torch.Tensor:

@@ -31,13 +31,14 @@ def test_a_gradient_of_zeros_changes_nothing():
 
 
 def test_a_step_moves_a_matrix_as_far_as_adamw_would_whatever_its_gradients_size():
+    torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(48, 24))
     before = weight.detach().clone()
     optimizer = Muon([{"params": [weight], "orthogonal": True}], lr=0.5, weight_decay=0.0)
     weight.grad = 1e-6 * torch.randn(48, 24)
     optimizer.step()
     moved = weight.detach() - before
-    assert moved.square().mean().sqrt() == pytest.approx(0.5 * 0.2, rel=0.15)
+    assert moved.square().mean().sqrt() == pytest.approx(0.5 * 0.2, rel=0.3)  # Singular values are 0.7 to 1.2.
 
 
 def test_weight_decay_shrinks_matrices():
@@ -61,6 +62,7 @@ def test_momentum_turns_a_gradient_that_changes_its_sign():
 
 
 def test_other_groups_are_adamws():
+    torch.manual_seed(0)
     start, gradients = torch.randn(7), torch.randn(3, 7)
     found = []
     for kind in (Muon, AdamW):

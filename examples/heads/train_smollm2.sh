@@ -29,7 +29,7 @@ both() {
     shift
     train "$name" "$work/own" --draft-vocab 4096 --batch-size 4 --epochs 1.5 --learning-rate 2e-3 "$@"
     train "$name-more" "$work/mixed" --initial-heads "$work/$name/heads" --draft-vocab 2048 --batch-size 1 --epochs 2 \
-        --learning-rate 1e-3 "$@"
+        --learning-rate 2e-3 --optimizer muon --labels all "$@"
 }
 
 keep() {

@@ -37,7 +37,10 @@ def main() -> None:
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     steps = metrics["vllm:inter_token_latency_seconds"].count  # One a step of a request, however many tokens it emits.
     accepted = metrics["vllm:spec_decode_num_accepted_tokens"].value
-    print(f"--- {1 + accepted / steps:.2f} tokens per step")
+    drafted = metrics["vllm:spec_decode_num_draft_tokens"].value
+    print(f"--- {1 + accepted / steps:.2f} tokens per step, {drafted / steps:.1f} nodes verified a step")
+    if not drafted:
+        print('--- With these heads no node pays on this machine; "medusa_budget": "off" verifies them all the same.')
 
 
 if __name__ == "__main__":

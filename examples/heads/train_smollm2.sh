@@ -3,7 +3,7 @@
 # them, train plain and sequential heads on the same text, go on with answers to prompts of many kinds, keep both in
 # bf16, and calibrate them. The same command goes on after an interruption.
 #
-#     bash examples/heads/train_smollm2.sh [OWN] [MIXED]   # prompts; default 1000 and 2784: five hours on 2 CPU cores without bf16
+#     bash examples/heads/train_smollm2.sh [OWN] [MIXED]   # prompts; default 1000 and 2784: six hours on 2 CPU cores without bf16
 set -euo pipefail
 own=${1:-1000} mixed=${2:-2784}
 work=build/train_smollm2

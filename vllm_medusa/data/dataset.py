@@ -48,7 +48,7 @@ def load_blocks(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, lengt
     if not blocks:
         reason = f": {counter.first}" if counter.first else ""
         raise ValueError(f"nothing to train on in {', '.join(map(str, files)) or 'no files'}{reason}")
-    return _dataset(*np.stack(blocks, axis=1))
+    return _dataset([block[0] for block in blocks], [block[1] for block in blocks])
 
 
 def label_all(blocks: Dataset) -> Dataset:
@@ -56,7 +56,7 @@ def label_all(blocks: Dataset) -> Dataset:
     arrays = blocks.with_format("numpy")[:]
     ids, labelled = arrays["input_ids"], arrays["labels"] != IGNORED
     to_last = np.flip(np.maximum.accumulate(np.flip(labelled, axis=1), axis=1), axis=1)
-    return _dataset(ids, np.where(to_last, ids, IGNORED))
+    return _dataset(list(ids), list(np.where(to_last, ids, IGNORED)))
 
 
 def encode_record(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[Sample]:
@@ -97,15 +97,13 @@ def read_samples(
             yield from samples
 
 
-def _dataset(
-    input_ids: np.ndarray,  # [blocks, length]
-    labels: np.ndarray,  # [blocks, length]
-) -> Dataset:
+def _dataset(input_ids: list[np.ndarray], labels: list[np.ndarray]) -> Dataset:
+    """Return blocks of their token ids and labels, ``[length]`` each."""
     import datasets
 
-    column = datasets.List(datasets.Value("int32"), length=input_ids.shape[1])
+    column = datasets.List(datasets.Value("int32"), length=len(input_ids[0]))
     return datasets.Dataset.from_dict(
-        {"input_ids": list(input_ids), "labels": list(labels)},
+        {"input_ids": input_ids, "labels": labels},
         features=datasets.Features({"input_ids": column, "labels": column}),
     )
 

@@ -123,14 +123,13 @@ class MedusaTrainer(Trainer):
     def heads_groups(self, parameters: dict[str, nn.Parameter]) -> list[ParameterGroup]:
         """Group the heads' parameters: with Muon their layers' matrices, and the others."""
         muon = self.recipe.optimizer == "muon"
-        groups = []
-        for orthogonal in (False, True):
-            chosen = [
-                each for name, each in parameters.items() if (muon and _is_layers_matrix(name, each)) == orthogonal
-            ]
-            if chosen:
-                groups.append(ParameterGroup(chosen, self.recipe.learning_rate, self.heads_factor, orthogonal))
-        return groups
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in parameters.items():
+            (matrices if muon and _is_layers_matrix(name, parameter) else others).append(parameter)
+        rate, factor = self.recipe.learning_rate, self.heads_factor
+        groups = ParameterGroup(others, rate, factor), ParameterGroup(matrices, rate, factor, orthogonal=True)
+        return [group for group in groups if group.parameters]
 
     def heads_factor(self, step: int, total: int) -> float:
         return cosine_with_warmup(step, self.recipe.warmup_steps, total)

@@ -101,7 +101,7 @@ def measure(runner: Any, num_reqs: int, rounds: int) -> Times:
             default_num_nodes=nodes,
             top_k=None,
             min_probability=None,
-            sequential=spec.path_rank is not None,
+            by_level=spec.path_rank is not None,
         ).dynamic()
         for nodes in NODES
     }

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,26 @@ def tiny_sequential_heads() -> Path:
     from tests import models
 
     return models.tiny_sequential_heads()
+
+
+@pytest.fixture(scope="session")
+def with_lookup(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Copies heads, with weights of what followed a path before in their ``config.json``."""
+    weights = [[0.1, 0.4, 0.5, 0.6, 0.9]] * 4
+
+    def copied(heads: Path) -> Path:
+        copy = shutil.copytree(heads, tmp_path_factory.mktemp("with_lookup") / "heads")
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | {"medusa_lookup_weights": weights}))
+        return copy
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def tiny_sequential_heads_with_lookup(tiny_sequential_heads: Path, with_lookup: Callable[[Path], Path]) -> Path:
+    """The directory of the sequential heads, which also draft what followed a path before."""
+    return with_lookup(tiny_sequential_heads)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,9 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     """Most tokens of each head that a sparse or dynamic tree may use."""
     medusa_min_probability: float | None = Field(default=None, ge=0, le=1)
     """The least probability, by the heads' own judgement, of a path that a dynamic tree drafts."""
+    medusa_lookup: bool = True
+    """Whether what followed a node's path earlier in the request's text is drafted beside what heads say, where the
+    heads' config.json says how far that is to be trusted."""
     medusa_budget: SkipValidation[MedusaBudget] = "auto"
     """"auto" verifies the drafted nodes that pay, by what they are expected to give and what rows cost; "off" all of
     them; a number the so many most probable ones of all requests in a step."""
@@ -144,6 +147,11 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
     def heads(self) -> MedusaHeadsConfig:
         """The heads' own configuration."""
         return self.draft_model_config.hf_config
+
+    @property
+    def lookup_weights(self) -> list[list[float]] | None:
+        """How far what followed a path before is trusted, ``[heads][match lengths]``; None if it is not drafted."""
+        return self.heads.medusa_lookup_weights if self.medusa_lookup else None
 
     @property
     def typical(self) -> Typical:
@@ -234,7 +242,7 @@ class MedusaSpeculativeConfig(SpeculativeConfig):
             default_num_nodes=(BUDGETED_NUM_NODES if self.medusa_budget == "auto" else DEFAULT_NUM_NODES)[platform],
             top_k=self.medusa_top_k,
             min_probability=self.medusa_min_probability,
-            sequential=heads.sequential_path_rank is not None,
+            by_level=heads.sequential_path_rank is not None or self.lookup_weights is not None,
         )
 
     def _check_budget(self) -> None:

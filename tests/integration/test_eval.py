@@ -36,7 +36,9 @@ def evaluation(tiny_target: Path, tiny_heads: Path, held_out_prompts: list[list[
 
 @pytest.fixture(scope="module")
 def calibration(evaluation: Evaluation) -> Calibration:
-    found = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, nodes=64)
+    found = Calibration.of(
+        evaluation.accuracies, evaluation.paths, evaluation.temperatures, evaluation.lookup_weights, nodes=64
+    )
     assert found.paths is not None
     return found
 

@@ -30,6 +30,7 @@ STATIC = {**STAGES, "graph": 10}
 DYNAMIC = {**STAGES, "graph": 29}
 SEQUENTIAL = {**STATIC, "proposal": 3, "graph": 50}
 SEQUENTIAL_DYNAMIC = {**DYNAMIC, "proposal": 3, "graph": 94}
+WITH_LOOKUP = {**DYNAMIC, "proposal": 4, "graph": 223}
 CHAIN = {**STAGES, "commit": 0, "graph": 10}
 """Of one step, with four heads, two layers and one KV cache group, in fp32; docs/architecture.md states them. All other
 launches are the layers' attention, which a GPU has in the target's graph; here chains have the trees' attention too."""
@@ -43,8 +44,9 @@ launches are the layers' attention, which a GPU has in the target's graph; here 
         ("chain", "tiny_heads", CHAIN),
         ([3, 2, 1], "tiny_sequential_heads", SEQUENTIAL),
         ("dynamic", "tiny_sequential_heads", SEQUENTIAL_DYNAMIC),
+        ("dynamic", "tiny_sequential_heads_with_lookup", WITH_LOOKUP),
     ],
-    ids=["static", "dynamic", "chain", "sequential static", "sequential dynamic"],
+    ids=["static", "dynamic", "chain", "sequential static", "sequential dynamic", "with lookup"],
 )
 def test_a_step_launches_few_kernels_and_waits_for_none(
     tree: Tree,

@@ -47,8 +47,13 @@ def num_replays(graphs: ProposalGraphs) -> list[int]:
 
 @pytest.fixture(
     scope="module",
-    params=[([3, 2, 1], "tiny_heads"), ("dynamic", "tiny_heads"), ("dynamic", "tiny_sequential_heads")],
-    ids=["static", "dynamic", "sequential"],
+    params=[
+        ([3, 2, 1], "tiny_heads"),
+        ("dynamic", "tiny_heads"),
+        ("dynamic", "tiny_sequential_heads"),
+        ("dynamic", "tiny_sequential_heads_with_lookup"),
+    ],
+    ids=["static", "dynamic", "sequential", "lookup"],
 )
 def llm(tiny_target: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     tree, heads = request.param
@@ -68,8 +73,11 @@ def test_proposals_are_those_of_the_heads_with_graphs_and_without(llm: LLM, held
     graphs = capture(runner)
     proposer = runner.speculator.proposer
     for num_reqs in (1, 3, 2, 4):
-        hidden, roots = graphs.buffers.hidden[:num_reqs].normal_(), graphs.buffers.roots[:num_reqs].random_(90)
-        replayed, drafts = graphs.replay(num_reqs), proposer.propose(hidden, roots)
+        graphs.buffers.hidden.normal_()
+        graphs.buffers.roots.random_(90)
+        if graphs.buffers.texts is not None:
+            graphs.buffers.texts.rows.random_(3)
+        replayed, drafts = graphs.replay(num_reqs), proposer.propose(*graphs.buffers.inputs(num_reqs))
         assert replayed is not None
         for name in ("tokens", "parents", "lengths"):
             assert torch.equal(getattr(replayed, name), getattr(drafts, name))
@@ -87,7 +95,8 @@ def test_a_replayed_proposal_waits_in_the_states_of_its_requests(llm: LLM) -> No
     arguments = (batch, {}, {}, hidden, None, None, None, roots := torch.zeros(2, dtype=torch.int64))
     speculator.stopped_at = torch.tensor([1, 0])
     tokens = speculator.propose(*arguments)
-    drafts = speculator.proposer.propose(hidden.flip(0), roots)
+    text = graphs.buffers.inputs(2)[2]
+    drafts = speculator.proposer.propose(hidden.flip(0), roots, text)
     assert torch.equal(tokens, drafts.tokens)
     assert torch.equal(speculator.drafts.by_state[:2], drafts.parents.flip(0))
     assert num_replays(graphs) == [0, 1, 0]

@@ -26,6 +26,7 @@ RUNS = {
         "test_logprobs.py",
         "test_worker_life.py",
         "test_proposal_graphs.py",
+        "test_lookup.py",
         "test_budget.py",
         "test_plugin_off.py",
         "../unit/refusals/test_refusals.py",

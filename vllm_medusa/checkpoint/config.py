@@ -32,6 +32,9 @@ class MedusaHeadsConfig(PretrainedConfig):
             as "0,2"; sparse trees are grown from these where there are enough.
         medusa_temperatures: one for each head, by which its logits are divided where its probabilities are read; None
             leaves them as they are.
+        medusa_lookup_weights: ``[heads][match lengths]``: how far what followed the longest match of a node's path
+            earlier in the text is trusted, by the match's length from 1 on, the last for all longer ones; None if that
+            was not measured, and then it is not drafted.
 
     """
 
@@ -51,6 +54,7 @@ class MedusaHeadsConfig(PretrainedConfig):
         medusa_accuracies: list[list[float]] | None = None,
         medusa_path_accuracies: dict[str, float] | None = None,
         medusa_temperatures: list[float] | None = None,
+        medusa_lookup_weights: list[list[float]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_heads = num_heads
@@ -65,6 +69,7 @@ class MedusaHeadsConfig(PretrainedConfig):
         self.medusa_accuracies = medusa_accuracies
         self.medusa_path_accuracies = medusa_path_accuracies
         self.medusa_temperatures = medusa_temperatures
+        self.medusa_lookup_weights = medusa_lookup_weights
         # vLLM reads attention sizes and a maximum length from every model's config; Medusa heads have neither.
         self.num_attention_heads = 0
         self.num_key_value_heads = 0

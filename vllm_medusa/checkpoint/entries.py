@@ -23,9 +23,12 @@ MOST_LAYERS = 64
 MOST_TOKENS = 2**24
 MOST_WIDTH = 2**20
 MOST_TEMPERATURE = 100
+MOST_MATCHED = 64
 
 PathName = Annotated[str, Field(pattern=r"^[0-9]{1,4}(,[0-9]{1,4})*$")]
 """Ranks from the root down, such as ``"0,2"``."""
+
+Weight = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Entries(BaseModel):
@@ -58,15 +61,20 @@ class _Entries(BaseModel):
     medusa_temperatures: list[Annotated[float, Field(gt=0, le=MOST_TEMPERATURE)]] | None = Field(
         None, description=f"one number above 0, at most {MOST_TEMPERATURE}, for each head, calibrate the heads again"
     )
+    medusa_lookup_weights: list[Annotated[list[Weight], Field(min_length=1, max_length=MOST_MATCHED)]] | None = Field(
+        None,
+        description=f"for each head a list of 1 to {MOST_MATCHED} numbers from 0 to less than 1, "
+        "calibrate the heads again",
+    )
     quantization_config: None = Field(None, description="left out: heads are served in the target's dtype, unquantised")
 
-    @field_validator("medusa_temperatures")
+    @field_validator("medusa_temperatures", "medusa_lookup_weights")
     @classmethod
-    def _one_for_each_head(cls, temperatures: list[float] | None, info: ValidationInfo) -> list[float] | None:
+    def _one_for_each_head(cls, stored: list[Any] | None, info: ValidationInfo) -> list[Any] | None:
         heads = info.data.get("num_heads")
-        if temperatures is not None and heads is not None and len(temperatures) != heads:
+        if stored is not None and heads is not None and len(stored) != heads:
             raise ValueError("not one for each head")
-        return temperatures
+        return stored
 
     @field_validator("medusa_path_accuracies")
     @classmethod

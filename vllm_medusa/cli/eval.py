@@ -45,7 +45,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Nodes of the tree to write. Default: num_speculative_tokens at serving.")
     ] = None,
     write: Annotated[
-        bool, typer.Option("--write", help="Write tree, accuracies and temperatures into the heads' config.json.")
+        bool,
+        typer.Option("--write", help="Write tree, accuracies, temperatures and weights into the heads' config.json."),
     ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code in the target's repository.")
@@ -91,7 +92,9 @@ def evaluate(
         scale = read_entries(heads / CONFIG_FILE).get("logit_scale", 1.0)
         evaluation = evaluate_heads(target, loaded_heads, samples, ranks, batch_size, logit_scale=scale)
         grown = max(nodes or 0, *TREE_SIZES)
-        calibration = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, grown)
+        calibration = Calibration.of(
+            evaluation.accuracies, evaluation.paths, evaluation.temperatures, evaluation.lookup_weights, grown
+        )
         print_tables(evaluation, calibration, Console())
         if output is not None:
             details = {"model": model, "heads": str(heads), "texts": len(samples)}

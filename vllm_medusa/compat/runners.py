@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.states import RequestState
 
 VLLM_ADVICE = ". Pass enable_adaptive_verification=false"
 """Where vLLM's reason ends and its advice begins, which is to change an option that the method does not have."""
@@ -45,15 +46,12 @@ def all_logits_processors() -> AbstractContextManager[None]:
     return replaced(gpu_model_runner, "build_logitsprocs", build_logitsprocs)
 
 
-def speculator(make: Callable[[VllmConfig, torch.device], Any]) -> AbstractContextManager[None]:
-    """Let a V2 runner take its speculator from ``make``."""
+def speculator(make: Callable[[VllmConfig, torch.device, RequestState], Any]) -> AbstractContextManager[None]:
+    """Let a V2 runner take its speculator from ``make``, which takes what ``init_speculator`` takes."""
     from vllm.v1.worker.gpu import model_runner
 
     # Reason: init_speculator knows a closed list of methods.
-    def init_speculator(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
-        return make(vllm_config, device)
-
-    return replaced(model_runner, "init_speculator", init_speculator)
+    return replaced(model_runner, "init_speculator", make)
 
 
 def adaptive_verification(make: Callable[..., Any], refused: Callable[[str], None]) -> AbstractContextManager[None]:

@@ -277,7 +277,9 @@ FIELDS: Final = {
         "all_greedy no_penalties max_num_logprobs generators spec_token_ids bad_words_token_ids allowed_token_ids_mask "
         "logitsprocs logprob_token_ids thinking_budget_state_holder"
     ),
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_output_token_ids block_table sampling_metadata",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "generators req_output_token_ids block_table sampling_metadata token_ids_cpu_tensor num_tokens_no_spec"
+    ),
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner": (
         "input_batch requests positions input_ids seq_lens discard_request_mask drafter sampler compilation_config "
         "scheduler_config max_num_tokens dtype model vllm_config"
@@ -303,7 +305,9 @@ FIELDS: Final = {
     f"{BUDGET}:AdaptiveVerificationManager": (
         "req_states num_speculative_steps cost_tables _batch_budget _stale_confidences _stale_idx _pending_resets"
     ),
-    "vllm.v1.worker.gpu.states:RequestState": "max_num_reqs max_num_batched_tokens req_id_to_index prefill_len",
+    "vllm.v1.worker.gpu.states:RequestState": (
+        "max_num_reqs max_num_batched_tokens req_id_to_index prefill_len all_token_ids total_len"
+    ),
     "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": "cg_mode num_reqs",
     "vllm.v1.worker.utils:AttentionGroup": "backend layer_names metadata_builders",
 }

@@ -36,6 +36,7 @@ class Calibration:
         accuracies: ``[heads, ranks]``, float32: the probability that a head's token of a rank is the target's.
         paths: how often paths are right as a whole; None if the text shows too few of them to grow trees from.
         temperatures: ``[heads]``: by which logits are divided where scores are read.
+        lookup_weights: ``[heads][match lengths]``: how far what followed a path before is trusted.
         largest: the largest tree; its prefixes are the best smaller trees.
 
     """
@@ -43,17 +44,24 @@ class Calibration:
     accuracies: torch.Tensor
     paths: JointPaths | None
     temperatures: Sequence[float]
+    lookup_weights: Sequence[Sequence[float]]
     largest: StaticTree
 
     @classmethod
     def of(
-        cls, accuracies: Sequence[Sequence[float]], paths: JointPaths, temperatures: Sequence[float], nodes: int
+        cls,
+        accuracies: Sequence[Sequence[float]],
+        paths: JointPaths,
+        temperatures: Sequence[float],
+        lookup_weights: Sequence[Sequence[float]],
+        nodes: int,
     ) -> Calibration:
         """Grow the best tree of ``nodes`` nodes, or of fewer if the accuracies do not give so many."""
         independent = IndependentHeads(torch.tensor(accuracies))
         nodes = min(nodes, MAX_NODES, independent.available)
         joint = paths if paths.available >= nodes else None
-        return cls(independent.accuracies, joint, temperatures, best_first(joint or independent, nodes))
+        largest = best_first(joint or independent, nodes)
+        return cls(independent.accuracies, joint, temperatures, lookup_weights, largest)
 
     @property
     def source(self) -> PathAccuracies:
@@ -85,6 +93,7 @@ class Calibration:
             "medusa_tree": "sparse" if nodes is None else self.tree(nodes).choices,
             "medusa_accuracies": self.accuracies.tolist(),
             "medusa_temperatures": list(self.temperatures),
+            "medusa_lookup_weights": list(map(list, self.lookup_weights)),
         }
         if self.paths is not None:
             frequent = best_first(self.paths, min(MOST_PATHS, self.paths.available))

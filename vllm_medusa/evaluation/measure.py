@@ -4,6 +4,7 @@ and whether scores are what they say."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ import torch
 from vllm_medusa.checkpoint.format import HeadsSpec, read_spec, read_state
 from vllm_medusa.checkpoint.target import check_sizes
 from vllm_medusa.data.packing import IGNORED, Sample
+from vllm_medusa.evaluation.lookup import best_weights
 from vllm_medusa.evaluation.paths import count_paths
-from vllm_medusa.evaluation.reading import StatesOf, read_texts, states_of_target
+from vllm_medusa.evaluation.reading import ReadText, StatesOf, read_texts, states_of_target
 from vllm_medusa.evaluation.reliability import DraftReliability, Positions, draft_reliability
 from vllm_medusa.evaluation.served import ServedHeads
-from vllm_medusa.evaluation.temperatures import best_temperature
+from vllm_medusa.evaluation.temperatures import GRID, best_temperature
 from vllm_medusa.evaluation.walk import visited
 from vllm_medusa.training.heads import TrainableHeads
 from vllm_medusa.training.hidden import embedding_of, lm_head_of
@@ -47,8 +49,9 @@ class Evaluation:
         steps: the number of positions where steps begin (see ``walk``); all that follows is of these.
         paths: how often paths are right as a whole.
         temperatures: ``[heads]``: those that fit best.
-        before: dynamic trees at temperature 1.
-        after: dynamic trees at ``temperatures``.
+        lookup_weights: ``[heads][match lengths]``: those that fit best.
+        before: dynamic trees at temperature 1, without lookup.
+        after: dynamic trees at ``temperatures``, with lookup.
 
     """
 
@@ -57,6 +60,7 @@ class Evaluation:
     steps: int
     paths: JointPaths
     temperatures: list[float]
+    lookup_weights: list[list[float]]
     before: DraftReliability
     after: DraftReliability
 
@@ -123,43 +127,65 @@ def evaluate_heads(
         ValueError: all texts are too short for a head, or the target does to its logits what is not known.
 
     """
-    served = ServedHeads.of(target, heads, logit_scale)
     states_of = states_of or partial(states_of_target, target)
+    plain = ServedHeads.of(target, heads, logit_scale)
+    texts = read_texts(states_of, plain, samples, ranks, batch_size, show_progress)
+    _check_labels(texts)
+    steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+    losses, followed, matched = (
+        torch.cat([getattr(text, name)[begins] for text, begins in steps]) for name in ("losses", "followed", "matched")
+    )
+    of_heads = range(heads.spec.num_heads)
+    temperatures = [best_temperature(losses[:, head]) for head in of_heads]
+    nearest = [int((GRID.log() - math.log(each)).abs().argmin()) for each in temperatures]
+    lookup_weights = [
+        best_weights(torch.exp(-losses[:, head, nearest[head]]), followed[:, head], matched[:, head])
+        for head in of_heads
+    ]
+    served = plain.at(temperatures, lookup_weights)
     texts = read_texts(states_of, served, samples, ranks, batch_size, show_progress)
+    steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+    judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps])
+    found = torch.cat([text.ranks for text in texts])
+    labelled = (found != IGNORED).sum(dim=0)
+    hits = torch.stack([(found == rank).sum(dim=0) for rank in range(ranks)], dim=1)
+    return Evaluation(
+        accuracies=(hits / labelled[:, None]).tolist(),
+        positions=labelled.tolist(),
+        steps=int(sum(begins.sum() for _, begins in steps)),
+        paths=count_paths(torch.cat([text.ranks[begins] for text, begins in steps]), ranks),
+        temperatures=temperatures,
+        lookup_weights=lookup_weights,
+        before=draft_reliability(plain, _dynamic_tree(heads.spec, by_level=heads.spec.path_rank is not None), judged),
+        after=draft_reliability(served, _dynamic_tree(heads.spec, by_level=True), judged),
+    )
+
+
+def _check_labels(texts: Sequence[ReadText]) -> None:
+    """Raise ``ValueError`` if a head has nothing to predict, or all heads together have not."""
     found = torch.cat([text.ranks for text in texts])
     labelled = (found != IGNORED).sum(dim=0)
     if not labelled.all():
         head = int((labelled == 0).nonzero()[0]) + 1
         raise ValueError(
-            f"head {head} has nothing to predict in {len(samples)} texts: it predicts {head + 1} tokens ahead; "
+            f"head {head} has nothing to predict in {len(texts)} texts: it predicts {head + 1} tokens ahead; "
             "give longer texts"
         )
-    complete = found[(found != IGNORED).all(dim=1)]
-    if not len(complete):
+    if not (found != IGNORED).all(dim=1).any():
         raise ValueError(
-            f"no {heads.spec.num_heads} tokens in a row were written by the target in {len(samples)} texts; "
-            "give longer texts"
+            f"no {found.shape[1]} tokens in a row were written by the target in {len(texts)} texts; give longer texts"
         )
-    everywhere = count_paths(complete, ranks)
+
+
+def _where_steps_begin(texts: Sequence[ReadText], ranks: int) -> list[torch.Tensor]:
+    """Decode the texts with the best tree of ``JUDGED_NODES`` nodes (see ``visited``)."""
+    found = torch.cat([text.ranks for text in texts])
+    everywhere = count_paths(found[(found != IGNORED).all(dim=1)], ranks)
     reference = best_first(everywhere, min(JUDGED_NODES, everywhere.available)) if everywhere.available else chain(1)
-    steps = [(text, visited(text.ranks, reference)) for text in texts]
-    losses = torch.cat([text.losses[begins] for text, begins in steps])
-    temperatures = [best_temperature(losses[:, head]) for head in range(heads.spec.num_heads)]
-    judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps])
-    tree = _dynamic_tree(heads.spec)
-    hits = torch.stack([(found == rank).sum(dim=0) for rank in range(ranks)], dim=1)
-    return Evaluation(
-        accuracies=(hits / labelled[:, None]).tolist(),
-        positions=labelled.tolist(),
-        steps=len(losses),
-        paths=count_paths(torch.cat([text.ranks[begins] for text, begins in steps]), ranks),
-        temperatures=temperatures,
-        before=draft_reliability(served, tree, judged),
-        after=draft_reliability(served.at(temperatures), tree, judged),
-    )
+    return [visited(text.ranks, reference) for text in texts]
 
 
-def _dynamic_tree(spec: HeadsSpec) -> DynamicTree | BeamTree:
+def _dynamic_tree(spec: HeadsSpec, *, by_level: bool) -> DynamicTree | BeamTree:
     """Return the tree that a GPU verifies by default, or a smaller one for few heads."""
     top_k = min(DYNAMIC_TOP_K, spec.lm_head_rows)
     options = TreeOptions(
@@ -170,6 +196,6 @@ def _dynamic_tree(spec: HeadsSpec) -> DynamicTree | BeamTree:
         default_num_nodes=JUDGED_NODES,
         top_k=top_k,
         min_probability=None,
-        sequential=spec.path_rank is not None,
+        by_level=by_level,
     )
     return options.dynamic()

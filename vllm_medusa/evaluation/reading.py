@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from vllm_medusa.data.packing import IGNORED, Sample
+from vllm_medusa.evaluation.lookup import Matches
 from vllm_medusa.evaluation.reliability import Positions
 from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.evaluation.temperatures import GRID, losses_by_temperature
@@ -18,6 +19,7 @@ from vllm_medusa.progress import progress
 from vllm_medusa.training.hidden import final_hidden_states
 from vllm_medusa.training.losses import head_pairs
 from vllm_medusa.training.paths import path_tokens
+from vllm_medusa.tree.lookup import LOOKBACK, last_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +36,9 @@ class ReadText:
     Attributes:
         ranks: ``[length, heads]``, int64: at which rank each head is right: the number of ranks where at none,
             ``IGNORED`` where no label is.
-        losses: ``[length, heads, temperatures]``, float32: 0 where no label is that can be drafted.
+        losses: ``[length, heads, temperatures]``, float32: infinite where no label is that can be drafted.
+        followed: ``[length, heads]``, bool: whether the label is what followed the path's longest match in the text.
+        matched: ``[length, heads]``, int64: the length of that match.
         kept: ``[length]``, bool: of which positions ``at`` holds the hidden states.
         at: those.
 
@@ -42,6 +46,8 @@ class ReadText:
 
     ranks: torch.Tensor
     losses: torch.Tensor
+    followed: torch.Tensor
+    matched: torch.Tensor
     kept: torch.Tensor
     at: Positions
 
@@ -97,26 +103,29 @@ def _said(
     tokens: torch.Tensor,  # [length], int64
     labels: torch.Tensor,  # [length], int64
     ranks: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a text's ranks and losses, on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a text's ranks and losses, whether labels followed matches, and the matches' lengths, on the CPU.
 
-    Only one head's logits are in memory at a time. A label that the heads cannot draft is one that they miss.
+    Only one head's logits are in memory at a time.
     """
     shape = len(tokens), served.heads.spec.num_heads
     found = torch.full(shape, IGNORED, device=hidden.device)
-    losses = torch.zeros(*shape, len(GRID), device=hidden.device)
-    rows = served.heads.rows_of(labels)
+    losses = torch.full((*shape, len(GRID)), torch.inf, device=hidden.device)
+    followed = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
+    matches = Matches.of(tokens, shape[1])
     for head in range(min(shape[1], shape[0] - 2)):
-        states, expected = head_pairs(head, hidden[None], rows[None])
-        known = expected != IGNORED
-        path = path_tokens(head, tokens[None])[known]
-        logits, expected = served.logits(head, states[known], path), expected[known]
-        best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices == expected[:, None]
-        found[: -head - 2, head] = torch.where(labels[head + 2 :] == IGNORED, IGNORED, ranks)
-        at = known.nonzero()[:, 0]
-        found[at, head] = torch.where(best.any(dim=1), best.long().argmax(dim=1), ranks)
-        losses[at, head] = losses_by_temperature(logits, expected)
-    return found.cpu(), losses.cpu()
+        states, expected = head_pairs(head, hidden[None], labels[None])
+        at = (expected != IGNORED).nonzero()[:, 0]
+        expected = expected[at]
+        logits = served.logits(head, states[at], path_tokens(head, tokens[None])[at])
+        best = served.best_tokens(head, logits, ranks, matches.tokens[at, head], matches.lengths[at, head])
+        right = best == expected[:, None]
+        found[at, head] = torch.where(right.any(dim=1), right.long().argmax(dim=1), ranks)
+        followed[at, head] = matches.tokens[at, head] == expected
+        rows = served.heads.rows_of(expected)
+        known = rows != IGNORED
+        losses[at[known], head] = losses_by_temperature(logits[known], rows[known])
+    return found.cpu(), losses.cpu(), followed.cpu(), matches.lengths.cpu()
 
 
 def _complete(
@@ -150,7 +159,9 @@ def _positions(
     """Return the chosen positions of a text."""
     at = chosen.nonzero()[:, 0]
     ahead = torch.arange(2, num_heads + 2, device=at.device)
-    return Positions(hidden[at], tokens[at + 1], tokens[at[:, None] + ahead])
+    rows = tokens.int().expand(len(at), -1)
+    text = last_tokens(rows, torch.arange(len(at), device=at.device), at + 2, LOOKBACK)
+    return Positions(hidden[at], tokens[at + 1], tokens[at[:, None] + ahead], text)
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,12 +25,14 @@ class Positions:
         hidden: ``[positions, hidden_size]``: its hidden states.
         roots: ``[positions]``, int64: the tokens that it says next.
         following: ``[positions, heads]``, int64: those after them, which heads predict.
+        text: ``[positions, length]``, int32: what is known of the text, up to the roots (see ``last_tokens``).
 
     """
 
     hidden: torch.Tensor
     roots: torch.Tensor
     following: torch.Tensor
+    text: torch.Tensor
 
     def where(
         self,
@@ -38,7 +40,7 @@ class Positions:
     ) -> Positions:
         """Return some of the positions."""
         kept = kept.to(self.hidden.device)
-        return Positions(self.hidden[kept], self.roots[kept], self.following[kept])
+        return Positions(self.hidden[kept], self.roots[kept], self.following[kept], self.text[kept])
 
     @classmethod
     def cat(cls, parts: Sequence[Positions]) -> Positions:
@@ -149,9 +151,10 @@ def draft_reliability(served: ServedHeads, tree: DynamicTree | BeamTree, positio
     """Draft at each position, and compare the scores with the text."""
     tree = tree.to(positions.hidden.device)
     scores, accepted, depths = [], [], []
-    parts = (each.split(CHUNK) for each in (positions.hidden, positions.roots, positions.following))
-    for hidden, roots, following in zip(*parts, strict=True):
-        drafts = draft(served, tree, hidden, roots)
+    for start in range(0, len(positions.roots), CHUNK):
+        part = slice(start, start + CHUNK)
+        following = positions.following[part]
+        drafts = draft(served, tree, positions.hidden[part], positions.roots[part], positions.text[part])
         assert drafts.log_probs is not None
         right, depth = accepted_nodes(drafts, following)
         scores.append(drafts.log_probs.exp().cpu())

@@ -47,22 +47,34 @@ def print_tables(evaluation: Evaluation, calibration: Calibration, console: Cons
         lengths.add_row(tree.kind, str(tree.nodes), str(tree.depth), f"{tree.tokens_per_step:.2f}")
     console.print(lengths)
     console.print(_scores(evaluation))
+    console.print(_lookup_weights(evaluation))
     for when, drafts in (("without", evaluation.before), ("with", evaluation.after)):
+        length, said = drafts.acceptance_length, drafts.predicted_length
         console.print(
-            f"Dynamic trees {when} temperatures: {drafts.acceptance_length:.2f} tokens/step, of which their scores say "
-            f"{drafts.predicted_length:.2f}."
+            f"Dynamic trees {when} temperatures and lookup: {length:.2f} tokens/step, their scores say {said:.2f}."
         )
 
 
 def _scores(evaluation: Evaluation) -> Table:
     """Compare what scores say with what is accepted, depth by depth, before and after."""
-    table = Table(title="Scores of the nodes of dynamic trees, without and with temperatures")
+    table = Table(title="Scores of the nodes of dynamic trees, without and with temperatures and lookup")
     for column in ("depth", "T", *("score", "accepted", "error") * 2):
         table.add_column(column, justify="right")
     depths = zip(evaluation.temperatures, evaluation.before.depths, evaluation.after.depths, strict=False)
     for depth, (temperature, *both) in enumerate(depths, start=1):
         columns = (figure for each in both for figure in (each.score, each.accepted, each.calibration_error))
         table.add_row(str(depth), f"{temperature:.2f}", *(f"{figure:.4f}" for figure in columns))
+    return table
+
+
+def _lookup_weights(evaluation: Evaluation) -> Table:
+    """Show how far what followed a path earlier in the text is trusted."""
+    weights = evaluation.lookup_weights
+    table = Table(title="Weight of what followed a match of so many tokens in the text")
+    for column in ("head", *map(str, range(1, len(weights[0]) + 1))):
+        table.add_column(column, justify="right")
+    for head, of_lengths in enumerate(weights, start=1):
+        table.add_row(str(head), *(f"{weight:.2f}" for weight in of_lengths))
     return table
 
 

@@ -14,7 +14,8 @@ from vllm_medusa.training.target_logits import TargetLogits
 from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.drafts import Drafts
 from vllm_medusa.tree.dynamic import DynamicTree
-from vllm_medusa.tree.levels import Asked
+from vllm_medusa.tree.levels import Asked, LevelHeads
+from vllm_medusa.tree.lookup import LookupHeads, mixed, weights_tensor
 
 CHUNK = 64
 """Positions that are drafted for at a time."""
@@ -28,12 +29,14 @@ class ServedHeads:
         heads: the heads.
         transform: what happens to the LM head's output.
         temperatures: ``[heads]``, float32: what it is divided by then.
+        lookup_weights: ``[heads, match lengths]``, float32: see ``LookupHeads``; None if paths are not looked up.
 
     """
 
     heads: TrainableHeads
     transform: Callable[[torch.Tensor], torch.Tensor]
     temperatures: torch.Tensor
+    lookup_weights: torch.Tensor | None = None
 
     @classmethod
     def of(cls, target: PreTrainedModel, heads: TrainableHeads, logit_scale: float = 1.0) -> ServedHeads:
@@ -53,9 +56,12 @@ class ServedHeads:
             return cls(heads, TargetLogits(target).transform, ones)
         return cls(heads, lambda logits: logits * logit_scale, ones)
 
-    def at(self, temperatures: list[float]) -> ServedHeads:
-        """Return the heads at other temperatures."""
-        return replace(self, temperatures=torch.tensor(temperatures))
+    def at(self, temperatures: list[float], lookup_weights: list[list[float]] | None = None) -> ServedHeads:
+        """Return the heads as they are served with these entries of their ``config.json``."""
+        weights = None
+        if lookup_weights is not None:
+            weights = weights_tensor(lookup_weights).to(next(self.heads.parameters()).device)
+        return replace(self, temperatures=torch.tensor(temperatures), lookup_weights=weights)
 
     def logits(
         self,
@@ -66,6 +72,31 @@ class ServedHeads:
         """Return ``[positions, rows]``, float32; the arguments are those of ``TrainableHeads.logits``."""
         logits = self.transform(self.heads.logits(head, hidden, path).float())
         return logits / self.temperatures[head].item()
+
+    def best_tokens(
+        self,
+        head: int,
+        logits: torch.Tensor,  # [positions, rows], float32
+        top_k: int,
+        found: torch.Tensor,  # [positions], int64
+        lengths: torch.Tensor,  # [positions], int64
+    ) -> torch.Tensor:
+        """Return the most probable tokens, ``[positions, at most top_k]``, int64, best first.
+
+        Args:
+            head: the head.
+            logits: what it says.
+            top_k: how many to return.
+            found: what followed the paths' longest matches (see ``Matches``); read only where paths are looked up.
+            lengths: these matches' lengths.
+
+        """
+        top_k = min(top_k, logits.shape[-1])
+        log_probs, rows = logits.log_softmax(dim=-1).topk(top_k)
+        tokens = rows if self.heads.token_map is None else self.heads.token_map[rows]
+        if self.lookup_weights is None:
+            return tokens
+        return mixed(log_probs, tokens, found, self.lookup_weights[head][lengths], top_k)[1]
 
     def top(
         self,
@@ -80,7 +111,7 @@ class ServedHeads:
 
 
 class ServedLevels:
-    """Sequential heads on hidden states as ``LevelHeads``."""
+    """Heads on hidden states as ``LevelHeads``."""
 
     def __init__(
         self,
@@ -112,10 +143,14 @@ def draft(
     tree: DynamicTree | BeamTree,
     hidden: torch.Tensor,  # [positions, hidden_size]
     roots: torch.Tensor,  # [positions], int64
+    text: torch.Tensor,  # [positions, length], int32
 ) -> Drafts:
-    """Draft at each position as an engine does."""
+    """Draft at each position as an engine does (see ``MedusaProposer.propose``)."""
     if isinstance(tree, BeamTree):
-        return tree.draft(ServedLevels(served, hidden), roots)
+        heads: LevelHeads = ServedLevels(served, hidden)
+        if served.lookup_weights is not None:
+            heads = LookupHeads(heads, text, served.lookup_weights)
+        return tree.draft(heads, roots)
     best = [served.top(head, hidden, tree.top_k) for head in range(tree.depth)]
     tokens, log_probs = (torch.stack(each, dim=1) for each in zip(*best, strict=True))
     return tree.draft(tokens, log_probs)

@@ -82,7 +82,7 @@ def judge(heads: Path, wanted: Sequence[str], nodes: int | None, default_nodes: 
         default_num_nodes=default_nodes,
         top_k=None,
         min_probability=None,
-        sequential=spec.path_rank is not None,
+        by_level=spec.path_rank is not None,
         path_accuracies=paths_of(entries.get("medusa_path_accuracies") or {}),
     )
     judged = []

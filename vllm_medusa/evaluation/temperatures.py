@@ -35,8 +35,11 @@ def losses_by_temperature(
 def best_temperature(
     of_positions: torch.Tensor,  # [positions, temperatures], float32
 ) -> float:
-    """Return the temperature with the least loss on average."""
-    of_grid = of_positions.double().mean(dim=0)
+    """Return the temperature with the least loss on average, of the positions with finite losses; 1 without any."""
+    known = of_positions[of_positions.isfinite().all(dim=1)]
+    if not len(known):
+        return 1.0
+    of_grid = known.double().mean(dim=0)
     best = int(of_grid.argmin())
     if not 0 < best < len(GRID) - 1:
         return float(GRID[best])

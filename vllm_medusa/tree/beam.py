@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tree for each request and step, grown level by level from heads that read the path to a node.
+"""A tree for each request and step, grown level by level where what is said of a node's children depends on its path.
 
-What such a head says of a node's children depends on the node, so probabilities are not known beforehand. At each depth
+Probabilities are then not known beforehand. At each depth
 the most probable nodes, the beam, are asked for their children; of all nodes so found the most probable ones make the
 tree. A path's probability is the product of its tokens', each given the path before it. It falls along the path, so
 every parent comes before its children. Against the best tree of as many nodes only children of nodes outside the beam

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that read the path to a node, as trees ask them: one level after another."""
+"""Heads as trees ask them whose nodes' paths count: one level after another."""
 
 from __future__ import annotations
 
@@ -35,6 +35,31 @@ class LevelHeads(Protocol):
 
     def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``top_tokens``, and before them their log-probabilities given the path, float32."""
+
+
+class PlainHeads:
+    """Heads that read the hidden state alone as ``LevelHeads``: they say the same of all nodes of a level.
+
+    Args:
+        log_probs: ``[num_reqs, heads, tokens]``, float32: of each head's most probable tokens, best first.
+        tokens: ``[num_reqs, heads, tokens]``, int64: these.
+
+    """
+
+    def __init__(self, log_probs: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._log_probs, self._tokens = log_probs, tokens
+        self._level = 0
+
+    def top_tokens(self, asked: Asked, top_k: int) -> torch.Tensor:
+        """Ask the next head (see ``LevelHeads``)."""
+        return self.top_predictions(asked, top_k)[1]
+
+    def top_predictions(self, asked: Asked, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask the next head (see ``LevelHeads``)."""
+        shape = (*asked.tokens.shape, top_k)
+        level = self._level
+        self._level += 1
+        return self._log_probs[:, level, None, :top_k].expand(shape), self._tokens[:, level, None, :top_k].expand(shape)
 
 
 @dataclass(frozen=True, eq=False)

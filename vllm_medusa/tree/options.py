@@ -37,7 +37,7 @@ DYNAMIC_TOP_K = 10
 NAMED_TREES = ("sparse", "dynamic", "chain")
 
 DYNAMIC_BEAM = 4
-"""Nodes of a depth that may have children, in a tree of heads that read paths; each is a row for the LM head."""
+"""Nodes of a depth that may have children, in a tree that is grown by level; each is a row for the LM head."""
 
 Tree = StaticTree | DynamicTree | BeamTree
 
@@ -56,7 +56,7 @@ class TreeOptions:
         default_num_nodes: nodes of a sparse tree where ``num_nodes`` is None.
         top_k: most tokens of each head that a sparse or dynamic tree may use; None is no limit for sparse trees.
         min_probability: the least probability of a path of a dynamic tree; None leaves none out.
-        sequential: whether the heads read the path to a node.
+        by_level: whether what is drafted below a node depends on the path to it.
 
     """
 
@@ -67,7 +67,7 @@ class TreeOptions:
     default_num_nodes: int
     top_k: int | None
     min_probability: float | None
-    sequential: bool = False
+    by_level: bool = False
     path_accuracies: Mapping[RankPath, float] | None = None
 
     def build(self, wanted: Any) -> Tree:
@@ -115,7 +115,7 @@ class TreeOptions:
         top_k = min(self.top_k or DYNAMIC_TOP_K, self.vocab_size)
         floor = self.min_probability or 0.0
         num_nodes = self.num_nodes or self.default_num_nodes
-        if self.sequential:
+        if self.by_level:
             return BeamTree(self.num_heads, num_nodes, top_k, DYNAMIC_BEAM, floor)
         return DynamicTree(self.num_heads, num_nodes, top_k, floor)
 

@@ -35,7 +35,10 @@ def test_the_command_prints_tables_and_leaves_numbers_a_picture_and_the_tree(mod
     assert "Right token among a head's first" in result.stdout
     assert "Expected tokens per step" in result.stdout
     assert "Scores of the nodes of dynamic trees" in result.stdout
-    assert "wrote medusa_accuracies and medusa_temperatures, and as medusa_tree" in result.stdout.replace("\n", " ")
+    assert (
+        "wrote medusa_accuracies, medusa_temperatures and medusa_lookup_weights, and as medusa_tree"
+        in result.stdout.replace("\n", " ")
+    )
     results = json.loads((tmp_path / "eval.json").read_text())
     assert (len(results["medusa_accuracies"]), len(results["medusa_accuracies"][0])) == (HEADS, 5)
     assert results["texts"] == len(PROMPTS)

@@ -29,12 +29,13 @@ from vllm_medusa.tree.static import chain
 ACCURACIES = [[0.5, 0.2, 0.1], [0.4, 0.1, 0.05]]
 AVAILABLE = 3 + 9
 TEMPERATURES = [1.5, 0.75]
+LOOKUP_WEIGHTS = [[0.1, 0.4], [0.2, 0.5]]
 FEW = JointPaths({(0,): 0.5})
 """Too few paths to grow trees from."""
 
 
 def calibration_of(nodes: int) -> Calibration:
-    return Calibration.of(ACCURACIES, FEW, TEMPERATURES, nodes)
+    return Calibration.of(ACCURACIES, FEW, TEMPERATURES, LOOKUP_WEIGHTS, nodes)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_each_size_is_the_best_tree_of_that_size_with_its_expected_length(
 ) -> None:
     share = st.floats(0, 1 / ranks)
     rows = data.draw(st.lists(st.lists(share, min_size=ranks, max_size=ranks), min_size=heads, max_size=heads))
-    calibration = Calibration.of(rows, JointPaths({}), [1.0] * heads, nodes=9)
+    calibration = Calibration.of(rows, JointPaths({}), [1.0] * heads, [[0.5]] * heads, nodes=9)
     assert len(calibration.expected_lengths) == min(9, available_nodes(heads, ranks))
     table = IndependentHeads(torch.tensor(rows))
     for nodes, length in enumerate(calibration.expected_lengths, start=1):
@@ -81,6 +82,7 @@ def test_writing_changes_the_tree_and_what_was_measured_and_nothing_else(tmp_pat
     table = torch.tensor(ACCURACIES)
     tree = "sparse" if nodes is None else best_first(IndependentHeads(table), nodes).choices
     written = {"medusa_tree": tree, "medusa_accuracies": table.tolist(), "medusa_temperatures": TEMPERATURES}
+    written["medusa_lookup_weights"] = LOOKUP_WEIGHTS
     assert after == before | written
     assert (heads / "model.safetensors").read_bytes() == weights
     assert (heads / "config.json").stat().st_mode == mode
@@ -90,7 +92,7 @@ def test_writing_changes_the_tree_and_what_was_measured_and_nothing_else(tmp_pat
 def test_what_is_read_back_grows_the_written_tree(tmp_path: Path) -> None:
     heads = write_random_heads(tmp_path / "heads")
     accuracies = torch.rand(3, 10, dtype=torch.float64) / 10
-    write_calibration(heads, Calibration.of(accuracies.tolist(), JointPaths({}), [1.0] * 3, nodes=64), 40)
+    write_calibration(heads, Calibration.of(accuracies.tolist(), JointPaths({}), [1.0] * 3, [[0.5]] * 3, nodes=64), 40)
     config = json.loads((heads / "config.json").read_text())
     table = IndependentHeads(torch.tensor(config["medusa_accuracies"]))
     assert best_first(table, 40).choices == config["medusa_tree"]
@@ -98,11 +100,13 @@ def test_what_is_read_back_grows_the_written_tree(tmp_path: Path) -> None:
 
 def test_trees_grow_from_whole_paths_where_the_text_shows_enough_of_them(counted: JointPaths) -> None:
     flat = [[0.1] * 10] * 3
-    calibration = Calibration.of(flat, counted, [1.0] * 3, nodes=64)
+    calibration = Calibration.of(flat, counted, [1.0] * 3, [[0.5]] * 3, nodes=64)
     assert calibration.source is counted
     assert calibration.largest.choices == best_first(counted, 64).choices
     assert calibration.expected_lengths[63] == pytest.approx(expected_acceptance_length(calibration.largest, counted))
-    few = Calibration.of(flat, JointPaths(dict.fromkeys(list(counted.accuracies)[:9], 0.5)), [1.0] * 3, nodes=64)
+    few = Calibration.of(
+        flat, JointPaths(dict.fromkeys(list(counted.accuracies)[:9], 0.5)), [1.0] * 3, [[0.5]] * 3, nodes=64
+    )
     assert few.paths is None
     assert few.largest.choices == best_first(IndependentHeads(torch.tensor(flat)), 64).choices
 
@@ -111,7 +115,7 @@ def test_the_engine_grows_from_the_written_paths_the_trees_that_were_judged(
     tmp_path: Path, counted: JointPaths
 ) -> None:
     heads = write_random_heads(tmp_path / "heads")
-    calibration = Calibration.of([[0.1] * 10] * 3, counted, [1.0] * 3, nodes=64)
+    calibration = Calibration.of([[0.1] * 10] * 3, counted, [1.0] * 3, [[0.5]] * 3, nodes=64)
     write_calibration(heads, calibration, None)
     config = check_entries(json.loads((heads / "config.json").read_text()), "config.json")
     paths = paths_of(config["medusa_path_accuracies"])
@@ -127,7 +131,7 @@ def test_the_engine_grows_from_the_written_paths_the_trees_that_were_judged(
 
 def test_another_measurement_leaves_no_paths_of_the_last_one(tmp_path: Path, counted: JointPaths) -> None:
     heads = write_random_heads(tmp_path / "heads")
-    write_calibration(heads, Calibration.of([[0.1] * 10] * 3, counted, [1.0] * 3, nodes=64), None)
+    write_calibration(heads, Calibration.of([[0.1] * 10] * 3, counted, [1.0] * 3, [[0.5]] * 3, nodes=64), None)
     write_calibration(heads, calibration_of(nodes=64), None)
     assert "medusa_path_accuracies" not in json.loads((heads / "config.json").read_text())
 

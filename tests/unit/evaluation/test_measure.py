@@ -10,10 +10,12 @@ from transformers import LlamaForCausalLM
 from tests.toy.tokenizer import EOS_ID
 from tests.unit.evaluated import HEADS, VOCAB, write_random_heads, write_target
 from tests.unit.published import write_original
+from tests.unit.tree.test_lookup import longest_match
 from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.distillation.continuation import continue_prompts
-from vllm_medusa.evaluation.measure import JUDGED_NODES, evaluate_heads, load_heads
+from vllm_medusa.evaluation.measure import JUDGED_NODES, Evaluation, evaluate_heads, load_heads
 from vllm_medusa.training.heads import TrainableHeads
+from vllm_medusa.tree.lookup import mixed
 
 RANKS = 4
 
@@ -44,9 +46,12 @@ def random_samples(count: int = 5) -> list[Sample]:
 
 
 def brute_force(
-    target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample]
+    target: LlamaForCausalLM, heads: TrainableHeads, samples: list[Sample], evaluation: Evaluation
 ) -> tuple[list[list[float]], list[int]]:
-    """Head k at position t is right at rank r if its token of that rank is the label at t + 1 + k."""
+    """Head k at position t is right at rank r if the token of that rank is the label at t + 1 + k.
+
+    The tokens are the head's, at its temperature, with what followed the path in the text, at its weight.
+    """
     hits = [[0] * RANKS for _ in range(HEADS)]
     positions = [0] * HEADS
     with torch.no_grad():
@@ -56,7 +61,12 @@ def brute_force(
                 for t in range(len(sample) - 1 - k):
                     if (label := sample.labels[t + 1 + k]) != IGNORED:
                         positions[k - 1] += 1
-                        best = heads.logits(k - 1, hidden[t]).topk(RANKS).indices.tolist()
+                        logits = heads.logits(k - 1, hidden[t]) / evaluation.temperatures[k - 1]
+                        text = sample.input_ids
+                        matched, followed = longest_match(text[: t + 2], text[t + 2 : t + 1 + k])
+                        weight = torch.tensor(evaluation.lookup_weights[k - 1][matched - 1] if matched else 0.0)
+                        head, tokens = logits.log_softmax(dim=-1).topk(RANKS)
+                        best = mixed(head, tokens, torch.tensor(followed), weight, RANKS)[1].tolist()
                         for rank in range(RANKS):
                             hits[k - 1][rank] += best[rank] == label
     return [[hit / n for hit in row] for row, n in zip(hits, positions, strict=True)], positions
@@ -73,7 +83,7 @@ def test_accuracies_are_shares_of_the_positions_that_have_a_label(
         for rank in range(RANKS):  # So that each of head 1's ranks is right at least once.
             sample.labels[-rank - 1] = heads.logits(0, hidden[-rank - 3]).topk(RANKS).indices[rank].item()
     found = evaluate_heads(target, heads, samples, RANKS, batch_size, show_progress=False)
-    accuracies, positions = brute_force(target, heads, samples)
+    accuracies, positions = brute_force(target, heads, samples, found)
     assert found.positions == positions
     torch.testing.assert_close(torch.tensor(found.accuracies), torch.tensor(accuracies))
     assert all(accuracy > 0 for accuracy in found.accuracies[0])

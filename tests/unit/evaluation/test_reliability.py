@@ -75,7 +75,7 @@ def test_scores_of_heads_that_say_what_the_text_is_drawn_from_are_reliable(kind:
     for head in range(HEADS):
         probabilities = served.logits(head, hidden, text).softmax(dim=-1)
         text = torch.cat([text, probabilities.multinomial(1)], dim=1)
-    positions = Positions(hidden, text[:, 0], text[:, 1:])
+    positions = Positions(hidden, text[:, 0], text[:, 1:], text[:, :1].int())
     # The first depth alone: below it plain heads are taken to be right together, which these are not.
     options: dict[str, Any] = {"num_heads": HEADS, "num_nodes": 12, "top_k": 6, "min_probability": 0.0}
     tree = BeamTree(beam=4, **options) if kind == "sequential" else DynamicTree(**options)
@@ -95,7 +95,7 @@ def test_scores_of_heads_that_say_what_the_text_is_drawn_from_are_reliable(kind:
 def test_drafts_of_plain_heads_carry_their_probabilities_at_their_temperatures() -> None:
     served = random_heads(torch.arange(0, VOCAB, 2)).at([2.0, 1.0, 1.0])
     hidden = torch.randn(4, HIDDEN)
-    drafts = draft(served, DynamicTree(1, 3, 3, 0.0), hidden, torch.zeros(4, dtype=torch.int64))
+    drafts = draft(served, DynamicTree(1, 3, 3, 0.0), hidden, torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1))
     best = (served.heads.logits(0, hidden) / 2.0).log_softmax(dim=-1).topk(3)
     assert torch.equal(drafts.tokens, 2 * best.indices)
     assert drafts.log_probs is not None

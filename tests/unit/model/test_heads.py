@@ -435,7 +435,7 @@ def test_sequential_heads_draft_along_each_path_what_they_say_in_training(
     model, target = load(state, tree=tree, medusa_fc_bias=True, **config), Embedding()
     model.share(target)
     hidden, roots = torch.randn(2, HIDDEN), torch.tensor([5, 90])
-    options = TreeOptions(HEADS, VOCAB, None, 12, 12, 4, None, sequential=True)
+    options = TreeOptions(HEADS, VOCAB, None, 12, 12, 4, None, by_level=True)
     grown = options.build(tree)
 
     with torch.inference_mode():

@@ -27,6 +27,9 @@ from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.start_log import describe
 from vllm_medusa.versions import installed_versions
 
+TEXT_LENGTH = 512
+"""Tokens of a request's text in which paths are looked up while that is measured."""
+
 MOST_ROUNDS = 10
 """Each size is measured at most so often again, in turns."""
 
@@ -87,7 +90,8 @@ def _measure(runner: CPUModelRunner, proposer: MedusaProposer, max_rows: int, ma
 
     def propose(num_reqs: int) -> None:
         hidden = torch.zeros(num_reqs, hidden_size, dtype=runner.dtype)
-        proposer.propose(hidden, torch.zeros(num_reqs, dtype=torch.int64))
+        text = torch.zeros(num_reqs, TEXT_LENGTH, dtype=torch.int32) if proposer.looks_up else None
+        proposer.propose(hidden, torch.zeros(num_reqs, dtype=torch.int64), text)
 
     return Costs(verification=_curve(verify, max_rows), proposal=_curve(propose, max_num_reqs))
 
@@ -136,6 +140,7 @@ def _parts(config: VllmConfig, proposer: MedusaProposer, max_rows: int, max_num_
         "heads": name_of(heads.model),
         "heads' options": heads.compute_hash(),
         "tree": describe(proposer.tree),
+        "lookup": str(proposer.looks_up),
     }
 
 

@@ -32,6 +32,7 @@ from vllm_medusa.runner.v1.sampling import TreeSampler
 from vllm_medusa.step.trees import StepTrees, count_drafting_reqs, derive_trees
 from vllm_medusa.structured_output.tokens import TreeTokens
 from vllm_medusa.tree.drafts import Drafts
+from vllm_medusa.tree.lookup import LOOKBACK, last_tokens
 
 
 class MedusaModelRunner(CPUModelRunner):
@@ -174,7 +175,8 @@ class MedusaModelRunner(CPUModelRunner):
         if self._budget is not None and not self._budget.asks_heads(emitting, most):
             return [[] for _ in req_ids]
         least_parent = 0.0 if self._budget is None else self._budget.least_parent(emitting)
-        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens, least_parent)
+        text = self._text() if self.drafter.looks_up else None
+        drafts = self.drafter.propose(hidden_states[walked.stopped_at], walked.last_tokens, text, least_parent)
         if most is not None:
             drafts = drafts.cut(most)
         if self._budget is not None:
@@ -183,6 +185,13 @@ class MedusaModelRunner(CPUModelRunner):
         # Parents are kept of all nodes: how many of them are verified is rank 0's choice, by what it has measured.
         self._drafts.keep(req_ids, drafts)
         return self._tokens(drafts)
+
+    def _text(self) -> torch.Tensor:
+        """Return the end of each request's text, ``[num_reqs, length]`` (see ``last_tokens``)."""
+        batch = self.input_batch
+        lengths = torch.from_numpy(batch.num_tokens_no_spec[: batch.num_reqs]).long()
+        length = min(LOOKBACK, max(int(lengths.max()), 2))
+        return last_tokens(batch.token_ids_cpu_tensor, torch.arange(batch.num_reqs), lengths, length)
 
     def _most_nodes(self) -> torch.Tensor | None:
         """Return most nodes of each request's draft, ``[num_reqs]``, int64; None if none has a limit."""

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
+from vllm_medusa.runner.v2.texts import RequestTexts
 from vllm_medusa.tree.drafts import Drafts
 
 
@@ -23,17 +24,25 @@ class ProposalBuffers:
     Attributes:
         hidden: ``[max_num_reqs, hidden_size]``: hidden states.
         roots: ``[max_num_reqs]``, int64: the last sampled tokens, for heads that read them.
+        texts: the requests' texts; None where paths are not looked up.
         drafts: what is drafted from them; without ``log_probs`` where no budget asks for them.
 
     """
 
     hidden: torch.Tensor
     roots: torch.Tensor
+    texts: RequestTexts | None
     drafts: Drafts
 
     @classmethod
     def allocate(
-        cls, vllm_config: VllmConfig, num_nodes: int, device: torch.device, *, judged: bool
+        cls,
+        vllm_config: VllmConfig,
+        num_nodes: int,
+        device: torch.device,
+        *,
+        judged: bool,
+        texts: RequestTexts | None = None,
     ) -> ProposalBuffers:
         """Allocate buffers, once for all graphs that an engine captures in its life.
 
@@ -42,6 +51,7 @@ class ProposalBuffers:
             num_nodes: of the largest draft.
             device: where to.
             judged: whether the drafts' ``log_probs`` are kept.
+            texts: see the class.
 
         """
         num_reqs, model = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config
@@ -49,7 +59,13 @@ class ProposalBuffers:
         nodes = torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device)
         roots = torch.zeros(num_reqs, dtype=torch.int64, device=device)
         log_probs = torch.zeros(nodes.shape, device=device) if judged else None
-        return cls(hidden, roots, Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0]), log_probs))
+        drafts = Drafts(nodes, torch.zeros_like(nodes), torch.zeros_like(nodes[:, 0]), log_probs)
+        return cls(hidden, roots, texts, drafts)
+
+    def inputs(self, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the first requests' hidden states, roots and text (see ``MedusaProposer.propose``)."""
+        text = None if self.texts is None else self.texts.ends(num_reqs)
+        return self.hidden[:num_reqs], self.roots[:num_reqs], text
 
     def keep(self, drafts: Drafts) -> None:
         """Copy drafts into the buffers."""
@@ -82,13 +98,13 @@ class ProposalGraphs(CudaGraphManager):
 
     def capture_proposals(
         self,
-        propose: Callable[[torch.Tensor, torch.Tensor], Drafts],
+        propose: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Drafts],
     ) -> None:
-        """Capture a graph for each number of requests; ``propose`` takes their hidden states and roots."""
+        """Capture a graph for each number of requests; ``propose`` takes what ``inputs`` returns."""
 
         def create_forward_fn(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             def forward(_mode: CUDAGraphMode) -> None:
-                self.buffers.keep(propose(self.buffers.hidden[: desc.num_reqs], self.buffers.roots[: desc.num_reqs]))
+                self.buffers.keep(propose(*self.buffers.inputs(desc.num_reqs)))
 
             return forward
 

@@ -11,12 +11,14 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_medusa.budget.device_correction import DeviceCorrection
 from vllm_medusa.runner.proposer import MedusaProposer
 from vllm_medusa.runner.v2.budget import lacking
 from vllm_medusa.runner.v2.drafts import WaitingDrafts
 from vllm_medusa.runner.v2.proposal_graphs import ProposalBuffers, ProposalGraphs
+from vllm_medusa.runner.v2.texts import RequestTexts
 from vllm_medusa.tree.drafts import NO_TOKEN, Drafts
 
 
@@ -38,7 +40,7 @@ class MedusaSpeculator(BaseSpeculator):
     supports_mm_inputs = False
     draft_logits = None
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> None:
         self.proposer = MedusaProposer(vllm_config)
         self.drafts = WaitingDrafts(self.proposer.tree.num_nodes, vllm_config.scheduler_config.max_num_seqs, device)
         self.stopped_at: torch.Tensor | None = None
@@ -52,7 +54,11 @@ class MedusaSpeculator(BaseSpeculator):
             self.correction = DeviceCorrection(tree.depth, tree.num_nodes, max_num_reqs, device)
             self.draft_token_confidence_probs = torch.zeros(max_num_reqs, tree.num_nodes, device=device)
         self._buffers = ProposalBuffers.allocate(
-            vllm_config, tree.num_nodes, device, judged=self.enable_adaptive_verification
+            vllm_config,
+            tree.num_nodes,
+            device,
+            judged=self.enable_adaptive_verification,
+            texts=RequestTexts.allocate(vllm_config, req_states, device) if self.proposer.looks_up else None,
         )
         self._vllm_config, self._device = vllm_config, device
 
@@ -86,15 +92,17 @@ class MedusaSpeculator(BaseSpeculator):
         """Draft from the hidden state of the row where each request stopped (see ``BaseSpeculator.propose``)."""
         hidden = self._buffers.hidden[: input_batch.num_reqs]
         if dummy_run:
-            return self._draft(hidden).tokens
+            return self._draft(input_batch.num_reqs).tokens
         if not self.asked:
             return self._nothing(input_batch.idx_mapping)
         assert self.stopped_at is not None
         torch.index_select(last_hidden_states, 0, self.stopped_at, out=hidden)
-        if self.proposer.model.paths is not None:
+        if self.proposer.model.paths is not None or self.proposer.looks_up:
             roots = self._buffers.roots[: input_batch.num_reqs]
             torch.index_select(last_sampled.view(-1), 0, input_batch.idx_mapping, out=roots)
-        drafts = self._draft(hidden)
+        if self._buffers.texts is not None:
+            self._buffers.texts.rows[: input_batch.num_reqs] = input_batch.idx_mapping
+        drafts = self._draft(input_batch.num_reqs)
         if self.max_nodes is not None:
             drafts = drafts.cut(self.max_nodes)
         self.drafts.keep(input_batch.idx_mapping, drafts)
@@ -111,10 +119,7 @@ class MedusaSpeculator(BaseSpeculator):
         self.correction.forget(idx_mapping, self.draft_token_confidence_probs)
         return idx_mapping.new_full((len(idx_mapping), self.proposer.tree.num_nodes), NO_TOKEN)
 
-    def _draft(
-        self,
-        hidden: torch.Tensor,  # [num_reqs, hidden_size], the first in the buffers
-    ) -> Drafts:
-        """Draft by a captured graph if there is one."""
-        captured = self.graphs.replay(len(hidden)) if self.graphs is not None else None
-        return captured or self.proposer.propose(hidden, self._buffers.roots[: len(hidden)])
+    def _draft(self, num_reqs: int) -> Drafts:
+        """Draft for the first requests in the buffers, by a captured graph if there is one."""
+        captured = self.graphs.replay(num_reqs) if self.graphs is not None else None
+        return captured or self.proposer.propose(*self._buffers.inputs(num_reqs))

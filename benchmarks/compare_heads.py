@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from vllm_medusa.progress import track
 
 BUDGET = {"medusa_budget": "off"}
 """All nodes are verified, whatever they cost on this machine."""
+
+LOOKUP = {"": False, ", lookup": True}
+"""What is added to the name of a kind of heads whose paths are looked up in the text, and of one whose are not."""
 
 CHAIN = {"medusa_tree": "chain", **BUDGET}
 NODES = (4, 7, 15, 31)
@@ -46,11 +50,16 @@ def trees() -> dict[str, dict[str, Any]]:
 
 
 def entries(heads: Mapping[str, Path], native: dict[str, Any] | None) -> dict[Entry, dict[str, Any] | None]:
-    """Return the ``--speculative-config`` of each engine: vLLM's own chain, and each kind of heads with each tree."""
+    """Return the ``--speculative-config`` of each engine: vLLM's own chain, and each kind of heads with each tree.
+
+    Each kind is there twice, without and with lookup.
+    """
     configs: dict[Entry, dict[str, Any] | None] = {Entry(NATIVE_CHAIN, "chain"): native}
-    for kind, directory in heads.items():
-        for tree, options in trees().items():
-            configs[Entry(kind, tree)] = {"method": "medusa", "model": str(directory), **options}
+    for (suffix, looks_up), (kind, directory), (tree, options) in product(
+        LOOKUP.items(), heads.items(), trees().items()
+    ):
+        medusa = {"method": "medusa", "model": str(directory), "medusa_lookup": looks_up, **options}
+        configs[Entry(f"{kind}{suffix}", tree)] = medusa
     return configs
 
 
@@ -69,7 +78,7 @@ def compare(
     reference = ask_all(PLAIN, plain, batches)
     found = {}
     for entry, config in track(list(entries(heads, native).items()), "Heads and trees"):
-        name = entry.kind if entry.kind == NATIVE_CHAIN else f"{entry.kind}_{entry.tree}"
+        name = entry.kind if entry.kind == NATIVE_CHAIN else f"{entry.kind}_{entry.tree}".replace(", ", "_")
         answers = ask_all(name, replace(plain, speculative_config=config), batches)
         found[entry] = Found(tokens_per_step(answers), share_of_same(answers, reference))
     return found

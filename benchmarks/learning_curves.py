@@ -192,8 +192,8 @@ def judge(
 ) -> Point:
     trained = directory / run.name
     heads = load_heads(trained / "heads", target, model)
-    evaluation = evaluate_heads(model, heads, samples, show_progress=False, states_of=states_of)
-    best = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, max(NODES))
+    evaluation = evaluate_heads(model, heads, samples, show_progress=False, states_of=states_of, lookup=False)
+    best = Calibration.of(evaluation.accuracies, evaluation.paths, evaluation.temperatures, None, max(NODES))
     steps = read_json(trained / "results.json")["steps"]
     batch_size = (SETTINGS | run.settings)["batch_size"]
     return Point(

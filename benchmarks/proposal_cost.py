@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a proposal takes by kind of heads, nodes of a dynamic tree and requests, as a share of a step of plain decoding.
+"""What a proposal takes by heads, lookup, nodes of a dynamic tree and requests, as a share of a step of plain decoding.
 
 Before each proposal the target runs once, as in serving, so that the heads' weights are no more in the caches than
 there. Times are medians. docs/benchmarks.md has what it printed.
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,9 @@ from vllm_medusa.demo.places import HEADS, MODEL, NATIVE_HEADS
 from vllm_medusa.demo.process import Contender, share_environment
 from vllm_medusa.demo.report import machine
 from vllm_medusa.progress import track
+
+TEXT_LENGTH = 512
+"""Tokens of the text in which paths are looked up."""
 
 NODES = (4, 7, 15, 31, 63)
 REQUESTS = (1, 2, 4, 8, 16)
@@ -61,15 +65,16 @@ def main(
     table = Table(title=f"ms of a proposal, and its share of a step; {dtype}, {threads} threads")
     for column in ("heads", "requests", "step", *(f"{nodes} nodes" for nodes in NODES)):
         table.add_column(column, justify="right")
-    for each in heads or (NATIVE_HEADS, HEADS):
+    for each, looks_up in product(heads or (NATIVE_HEADS, HEADS), (False, True)):
         options = {"medusa_tree": "dynamic", "num_speculative_tokens": max(NODES), "medusa_budget": "off"}
-        engine = Engine(str(target), dtype, {"method": "medusa", "model": str(each), **options})
-        log = Path("build/proposal_cost") / f"{each.name}.log"
-        with Contender(each.name, serve, (engine, threads, rounds), {"VLLM_PLUGINS": "medusa"}, log) as contender:
-            for num_reqs in track(list(REQUESTS), each.name):
+        medusa = {"method": "medusa", "model": str(each), "medusa_lookup": looks_up, **options}
+        engine, name = Engine(str(target), dtype, medusa), f"{each.name}{', lookup' if looks_up else ''}"
+        log = Path("build/proposal_cost") / f"{name.replace(', ', '_')}.log"
+        with Contender(name, serve, (engine, threads, rounds), {"VLLM_PLUGINS": "medusa"}, log) as contender:
+            for num_reqs in track(list(REQUESTS), name):
                 times: Times = contender.ask(num_reqs)
                 cells = (f"{ms:.1f} ({ms / times.step:.0%})" for ms in times.proposals.values())
-                table.add_row(each.name, str(num_reqs), f"{times.step:.1f}", *cells)
+                table.add_row(name, str(num_reqs), f"{times.step:.1f}", *cells)
     console = Console(width=140)
     console.print(machine())
     console.print(table)
@@ -101,12 +106,13 @@ def measure(runner: Any, num_reqs: int, rounds: int) -> Times:
             default_num_nodes=nodes,
             top_k=None,
             min_probability=None,
-            by_level=spec.path_rank is not None,
+            by_level=spec.path_rank is not None or proposer.looks_up,
         ).dynamic()
         for nodes in NODES
     }
     hidden = torch.randn(num_reqs, spec.hidden_size, dtype=runner.dtype)
     roots = torch.randint(spec.vocab_size, (num_reqs,))
+    text = torch.randint(spec.vocab_size, (num_reqs, TEXT_LENGTH), dtype=torch.int32) if proposer.looks_up else None
 
     def step() -> None:
         states, _ = runner._dummy_run(num_reqs, is_profile=True, skip_eplb=True)
@@ -119,7 +125,7 @@ def measure(runner: Any, num_reqs: int, rounds: int) -> Times:
             for nodes, tree in trees.items():
                 steps.append(timed(step))
                 proposer.tree = tree
-                proposals[nodes].append(timed(lambda: proposer.propose(hidden, roots)))
+                proposals[nodes].append(timed(lambda: proposer.propose(hidden, roots, text)))
     return Times(statistics.median(steps), {nodes: statistics.median(own) for nodes, own in proposals.items()})
 
 

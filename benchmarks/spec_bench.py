@@ -9,7 +9,8 @@ the whole vocabulary, which are derived once.
 
     python benchmarks/spec_bench.py examples/questions.jsonl --limit 2 --output build/spec_bench.json
 
-``--compare-heads`` asks how many tokens a step gives instead: with plain heads and with sequential ones, by tree.
+``--compare-heads`` asks how many tokens a step gives instead: with plain heads and with sequential ones, without and
+with lookup, by tree.
 """
 
 from __future__ import annotations

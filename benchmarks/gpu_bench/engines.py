@@ -176,11 +176,11 @@ class Engine:
         """Return the device's time for a proposal, from hidden states to drafts; to be called between batches."""
         speculator = self._speculator
         buffers = speculator.graphs.buffers
-        hidden, roots = buffers.hidden[:requests].normal_(), buffers.roots[:requests]
+        hidden = buffers.hidden[:requests].normal_()
 
         def propose() -> None:
             if speculator.graphs.replay(requests) is None:
-                speculator.proposer.propose(hidden, roots)
+                speculator.proposer.propose(*buffers.inputs(requests))
 
         propose()
         if hidden.device.type == "cuda":

@@ -41,6 +41,9 @@ def evaluate(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Skip and count lines that are not valid instead of refusing them.")
     ] = False,
+    lookup: Annotated[
+        bool, typer.Option(help="Also draft what followed a path earlier in the text, or measure the heads alone.")
+    ] = True,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes of the tree to write. Default: num_speculative_tokens at serving.")
     ] = None,
@@ -90,7 +93,7 @@ def evaluate(
             )
         samples = held_out_samples(target, tokenizer, sources, batch_size)
         scale = read_entries(heads / CONFIG_FILE).get("logit_scale", 1.0)
-        evaluation = evaluate_heads(target, loaded_heads, samples, ranks, batch_size, logit_scale=scale)
+        evaluation = evaluate_heads(target, loaded_heads, samples, ranks, batch_size, logit_scale=scale, lookup=lookup)
         grown = max(nodes or 0, *TREE_SIZES)
         calibration = Calibration.of(
             evaluation.accuracies, evaluation.paths, evaluation.temperatures, evaluation.lookup_weights, grown

@@ -36,7 +36,8 @@ class Calibration:
         accuracies: ``[heads, ranks]``, float32: the probability that a head's token of a rank is the target's.
         paths: how often paths are right as a whole; None if the text shows too few of them to grow trees from.
         temperatures: ``[heads]``: by which logits are divided where scores are read.
-        lookup_weights: ``[heads][match lengths]``: how far what followed a path before is trusted.
+        lookup_weights: ``[heads][match lengths]``: how far what followed a path before is trusted; None if it is not
+            drafted.
         largest: the largest tree; its prefixes are the best smaller trees.
 
     """
@@ -44,7 +45,7 @@ class Calibration:
     accuracies: torch.Tensor
     paths: JointPaths | None
     temperatures: Sequence[float]
-    lookup_weights: Sequence[Sequence[float]]
+    lookup_weights: Sequence[Sequence[float]] | None
     largest: StaticTree
 
     @classmethod
@@ -53,7 +54,7 @@ class Calibration:
         accuracies: Sequence[Sequence[float]],
         paths: JointPaths,
         temperatures: Sequence[float],
-        lookup_weights: Sequence[Sequence[float]],
+        lookup_weights: Sequence[Sequence[float]] | None,
         nodes: int,
     ) -> Calibration:
         """Grow the best tree of ``nodes`` nodes, or of fewer if the accuracies do not give so many."""
@@ -93,8 +94,9 @@ class Calibration:
             "medusa_tree": "sparse" if nodes is None else self.tree(nodes).choices,
             "medusa_accuracies": self.accuracies.tolist(),
             "medusa_temperatures": list(self.temperatures),
-            "medusa_lookup_weights": list(map(list, self.lookup_weights)),
         }
+        if self.lookup_weights is not None:
+            entries["medusa_lookup_weights"] = list(map(list, self.lookup_weights))
         if self.paths is not None:
             frequent = best_first(self.paths, min(MOST_PATHS, self.paths.available))
             shares = zip(map(path_name, frequent.choices), path_probabilities(frequent, self.paths), strict=True)
@@ -118,5 +120,6 @@ def write_calibration(directory: Path, calibration: Calibration, nodes: int | No
     """
     path = directory / CONFIG_FILE
     config: dict[str, Any] = read_json(path)
-    config.pop("medusa_path_accuracies", None)  # Of another measurement.
+    for name in ("medusa_path_accuracies", "medusa_lookup_weights"):
+        config.pop(name, None)  # Of another measurement.
     write_json(path, config | calibration.entries(nodes))

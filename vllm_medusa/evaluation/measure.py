@@ -49,7 +49,7 @@ class Evaluation:
         steps: the number of positions where steps begin (see ``walk``); all that follows is of these.
         paths: how often paths are right as a whole.
         temperatures: ``[heads]``: those that fit best.
-        lookup_weights: ``[heads][match lengths]``: those that fit best.
+        lookup_weights: ``[heads][match lengths]``: those that fit best; None for heads alone.
         before: dynamic trees at temperature 1, without lookup.
         after: dynamic trees at ``temperatures``, with lookup.
 
@@ -60,7 +60,7 @@ class Evaluation:
     steps: int
     paths: JointPaths
     temperatures: list[float]
-    lookup_weights: list[list[float]]
+    lookup_weights: list[list[float]] | None
     before: DraftReliability
     after: DraftReliability
 
@@ -110,8 +110,12 @@ def evaluate_heads(
     show_progress: bool = True,
     logit_scale: float = 1.0,
     states_of: StatesOf | None = None,
+    *,
+    lookup: bool = True,
 ) -> Evaluation:
     """Measure heads on texts; no text attends to another.
+
+    With lookup texts are read twice: once for temperatures and weights, once for what heads and text then draft.
 
     Args:
         target: a causal language model of ``transformers``.
@@ -122,6 +126,7 @@ def evaluate_heads(
         show_progress: whether to show progress.
         logit_scale: the entry of the heads' ``config.json``.
         states_of: what the target makes of texts, where several heads are measured on the same; None: found anew.
+        lookup: whether what followed a path earlier in the text is drafted too.
 
     Raises:
         ValueError: all texts are too short for a head, or the target does to its logits what is not known.
@@ -135,16 +140,19 @@ def evaluate_heads(
     losses, followed, matched = (
         torch.cat([getattr(text, name)[begins] for text, begins in steps]) for name in ("losses", "followed", "matched")
     )
-    of_heads = range(heads.spec.num_heads)
+    of_heads, sequential = range(heads.spec.num_heads), heads.spec.path_rank is not None
     temperatures = [best_temperature(losses[:, head]) for head in of_heads]
-    nearest = [int((GRID.log() - math.log(each)).abs().argmin()) for each in temperatures]
-    lookup_weights = [
-        best_weights(torch.exp(-losses[:, head, nearest[head]]), followed[:, head], matched[:, head])
-        for head in of_heads
-    ]
+    lookup_weights = None
+    if lookup:
+        nearest = [int((GRID.log() - math.log(each)).abs().argmin()) for each in temperatures]
+        lookup_weights = [
+            best_weights(torch.exp(-losses[:, head, nearest[head]]), followed[:, head], matched[:, head])
+            for head in of_heads
+        ]
     served = plain.at(temperatures, lookup_weights)
-    texts = read_texts(states_of, served, samples, ranks, batch_size, show_progress)
-    steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+    if lookup:
+        texts = read_texts(states_of, served, samples, ranks, batch_size, show_progress)
+        steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
     judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps])
     found = torch.cat([text.ranks for text in texts])
     labelled = (found != IGNORED).sum(dim=0)
@@ -156,8 +164,8 @@ def evaluate_heads(
         paths=count_paths(torch.cat([text.ranks[begins] for text, begins in steps]), ranks),
         temperatures=temperatures,
         lookup_weights=lookup_weights,
-        before=draft_reliability(plain, _dynamic_tree(heads.spec, by_level=heads.spec.path_rank is not None), judged),
-        after=draft_reliability(served, _dynamic_tree(heads.spec, by_level=True), judged),
+        before=draft_reliability(plain, _dynamic_tree(heads.spec, by_level=sequential), judged),
+        after=draft_reliability(served, _dynamic_tree(heads.spec, by_level=sequential or lookup), judged),
     )
 
 

@@ -47,7 +47,8 @@ def print_tables(evaluation: Evaluation, calibration: Calibration, console: Cons
         lengths.add_row(tree.kind, str(tree.nodes), str(tree.depth), f"{tree.tokens_per_step:.2f}")
     console.print(lengths)
     console.print(_scores(evaluation))
-    console.print(_lookup_weights(evaluation))
+    if evaluation.lookup_weights is not None:
+        console.print(_lookup_weights(evaluation.lookup_weights))
     for when, drafts in (("without", evaluation.before), ("with", evaluation.after)):
         length, said = drafts.acceptance_length, drafts.predicted_length
         console.print(
@@ -67,9 +68,8 @@ def _scores(evaluation: Evaluation) -> Table:
     return table
 
 
-def _lookup_weights(evaluation: Evaluation) -> Table:
+def _lookup_weights(weights: list[list[float]]) -> Table:
     """Show how far what followed a path earlier in the text is trusted."""
-    weights = evaluation.lookup_weights
     table = Table(title="Weight of what followed a match of so many tokens in the text")
     for column in ("head", *map(str, range(1, len(weights[0]) + 1))):
         table.add_column(column, justify="right")

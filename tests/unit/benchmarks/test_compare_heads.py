@@ -18,10 +18,12 @@ NATIVE = {"method": "medusa", "model": "native"}
 def test_each_kind_meets_each_tree_and_vllm_s_chain_runs_once() -> None:
     found = entries(KINDS, NATIVE)
     assert found[Entry(NATIVE_CHAIN, "chain")] == NATIVE
-    assert len(found) == 1 + len(KINDS) * len(trees())
-    grown = found[Entry("sequential", "tree_7")]
-    assert grown is not None
-    assert (grown["model"], grown["num_speculative_tokens"], grown["medusa_budget"]) == ("sequential", 7, "off")
+    assert len(found) == 1 + 2 * len(KINDS) * len(trees())
+    for name, looks_up in (("sequential", False), ("sequential, lookup", True)):
+        grown = found[Entry(name, "tree_7")]
+        assert grown is not None
+        assert (grown["model"], grown["num_speculative_tokens"], grown["medusa_budget"]) == ("sequential", 7, "off")
+        assert grown["medusa_lookup"] is looks_up
 
 
 def test_figures_are_relative_to_the_first_kind() -> None:

@@ -26,7 +26,7 @@ class Runner:
 
 PATCHES: dict[str, tuple[Callable[[], AbstractContextManager[None]], ModuleType, str]] = {
     "all_logits_processors": (all_logits_processors, gpu_model_runner, "build_logitsprocs"),
-    "speculator": (lambda: speculator(lambda config, device: None), v2_model_runner, "init_speculator"),
+    "speculator": (lambda: speculator(lambda config, device, states: None), v2_model_runner, "init_speculator"),
     "adaptive_verification": (
         lambda: adaptive_verification(Runner, lambda error: None),
         v2_model_runner,
@@ -80,9 +80,9 @@ def test_logits_processors_are_built_as_without_speculation(monkeypatch: pytest.
     assert config.speculative_config == "medusa"
 
 
-def test_the_speculator_is_made_from_the_config_and_the_device() -> None:
+def test_the_speculator_is_made_from_what_vllm_s_is_made_from() -> None:
     with speculator(lambda *args: ("made of", *args)):
-        assert v2_model_runner.init_speculator("config", CPU, "states") == ("made of", "config", CPU)
+        assert v2_model_runner.init_speculator("config", CPU, "states") == ("made of", "config", CPU, "states")
 
 
 def test_the_manager_is_made_by_ours_and_one_that_cannot_be_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ OPTIONS = Section(
         option({"num_speculative_tokens": 1000}, "give trees of 1 to 155 nodes, not 1000"),
         option({"num_speculative_tokens": 10**12}, "1000000000000"),
         option({"medusa_top_k": 0}, "medusa_top_k is 0", "greater than or equal to 1"),
+        option({"medusa_lookup": "often"}, "medusa_lookup is 'often'", "valid boolean"),
         option({"medusa_top_k": -1}, "medusa_top_k is -1", "greater than or equal to 1"),
         option({"medusa_min_probability": 1.5}, "medusa_min_probability is 1.5", "less than or equal to 1"),
         option({"medusa_min_probability": -0.1}, "medusa_min_probability is -0.1"),

@@ -21,7 +21,7 @@ BUDGET = {"medusa_budget": "off"}
 """All nodes are verified, whatever they cost on this machine."""
 
 LOOKUP = {"": False, ", lookup": True}
-"""What is added to the name of a kind of heads whose paths are looked up in the text, and of one whose are not."""
+"""What is added to the name of a kind of heads, and whether paths are looked up in the text."""
 
 CHAIN = {"medusa_tree": "chain", **BUDGET}
 NODES = (4, 7, 15, 31)

@@ -30,7 +30,7 @@ from vllm_medusa.data.record_files import BadLines
 from vllm_medusa.demo.report import machine
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import evaluate_heads, load_heads
-from vllm_medusa.evaluation.reading import states_of_target
+from vllm_medusa.evaluation.reading import Remembered
 from vllm_medusa.evaluation.text import Sources, held_out_samples
 from vllm_medusa.files import read_json, write_json
 from vllm_medusa.progress import track
@@ -171,20 +171,6 @@ def train(run: Run, target: Path, data: Sequence[Path], held_out: Path, director
     file.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
     print("+ vllm-medusa train --config", file, flush=True)
     subprocess.run([sys.executable, "-m", "vllm_medusa.cli", "train", "--config", str(file)], check=True)
-
-
-class Remembered:
-    """The target's hidden states of the held-out text, which all heads are judged on (see ``StatesOf``)."""
-
-    def __init__(self, target: PreTrainedModel) -> None:
-        self._target = target
-        self._states: dict[bytes, torch.Tensor] = {}
-
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        name = tokens.numpy().tobytes()
-        if name not in self._states:
-            self._states[name] = states_of_target(self._target, tokens)
-        return self._states[name]
 
 
 def judge(

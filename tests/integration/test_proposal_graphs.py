@@ -17,6 +17,7 @@ from tests.integration.recorded_graphs import recorded_graphs
 from tests.under_test import UNDER_TEST
 from vllm_medusa.runner.v2.model_runner import MedusaModelRunner
 from vllm_medusa.runner.v2.proposal_graphs import ProposalGraphs
+from vllm_medusa.tree.lookup import last_tokens
 
 pytestmark = [
     pytest.mark.both_runners,
@@ -39,6 +40,15 @@ def capture(runner: MedusaModelRunner) -> ProposalGraphs:
 
 def texts(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in generate(llm, prompts, greedy(12))]
+
+
+def write_texts(runner: MedusaModelRunner) -> torch.Tensor:
+    """Write random texts of few tokens into the runner's first rows; return their ends."""
+    states, rows = runner.req_states, torch.arange(4)
+    states.all_token_ids.gpu[rows] = torch.randint(3, (4, states.all_token_ids.gpu.shape[1]), dtype=torch.int32)
+    states.total_len.gpu[rows] = torch.tensor([40, 30, 60, 50], dtype=torch.int32)
+    lengths = states.total_len.gpu[rows].long()
+    return last_tokens(states.all_token_ids.gpu, rows, lengths, runner.max_model_len)
 
 
 def num_replays(graphs: ProposalGraphs) -> list[int]:
@@ -76,7 +86,8 @@ def test_proposals_are_those_of_the_heads_with_graphs_and_without(llm: LLM, held
         graphs.buffers.hidden.normal_()
         graphs.buffers.roots.random_(90)
         if graphs.buffers.texts is not None:
-            graphs.buffers.texts.rows.random_(3)
+            write_texts(runner)
+            graphs.buffers.texts.rows.random_(4)
         replayed, drafts = graphs.replay(num_reqs), proposer.propose(*graphs.buffers.inputs(num_reqs))
         assert replayed is not None
         for name in ("tokens", "parents", "lengths"):
@@ -94,9 +105,13 @@ def test_a_replayed_proposal_waits_in_the_states_of_its_requests(llm: LLM) -> No
     batch = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([1, 0]))
     arguments = (batch, {}, {}, hidden, None, None, None, roots := torch.zeros(2, dtype=torch.int64))
     speculator.stopped_at = torch.tensor([1, 0])
+    texts_of_rows = write_texts(runner) if speculator.proposer.looks_up else None
     tokens = speculator.propose(*arguments)
-    text = graphs.buffers.inputs(2)[2]
+    text = None if texts_of_rows is None else texts_of_rows[[1, 0]]
     drafts = speculator.proposer.propose(hidden.flip(0), roots, text)
     assert torch.equal(tokens, drafts.tokens)
+    if text is not None:
+        others = speculator.proposer.propose(hidden.flip(0), roots, text.flip(0))
+        assert not torch.equal(tokens, others.tokens)
     assert torch.equal(speculator.drafts.by_state[:2], drafts.parents.flip(0))
     assert num_replays(graphs) == [0, 1, 0]

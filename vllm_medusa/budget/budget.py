@@ -11,7 +11,7 @@ import torch
 from vllm_medusa.budget.choice import choose, count_most_probable
 from vllm_medusa.budget.correction import Correction
 from vllm_medusa.budget.cost import CostTable
-from vllm_medusa.budget.growth import Growth
+from vllm_medusa.budget.growth import BEST_CHILD, Growth
 from vllm_medusa.budget.pauses import Gains, Pauses
 from vllm_medusa.budget.store import Costs
 from vllm_medusa.budget.tally import Tally
@@ -28,17 +28,18 @@ class Budget:
     Args:
         max_depth: the deepest node's depth.
         most: most nodes of all requests in a step; None chooses by cost, and cuts nothing until costs are known.
+        best_child: how probable the best child of a node is taken to be, given the node.
 
     """
 
-    def __init__(self, max_depth: int, most: int | None = None) -> None:
+    def __init__(self, max_depth: int, most: int | None = None, best_child: float = BEST_CHILD) -> None:
         self.most = most
         self.correction = Correction(max_depth)
         self.tally = Tally()
         self._max_depth = max_depth
         self._pauses = Pauses()
         self._gains = Gains()
-        self._growth = Growth()
+        self._growth = Growth(best_child)
         self._verification: CostTable | None = None
         self._proposal: CostTable | None = None
         self._max_rows = 0

@@ -44,7 +44,7 @@ class Matches:
         tokens, lengths = text.new_zeros(size, num_heads), text.new_zeros(size, num_heads)
         for head in range(min(num_heads, size - 1)):
             root = places[1 : size - head]
-            seen = (places < root[:, None]) & (places + 1 > root[:, None] - LOOKBACK)
+            seen = (places < root[:, None]) & (places > root[:, None] - LOOKBACK)
             best = ((by_end[head + 1 :] * size + places) * seen).amax(dim=1)
             lengths[: len(root), head] = best // size
             tokens[: len(root), head] = text[(best % size + 1).clamp(max=size - 1)]
@@ -81,5 +81,5 @@ def best_weights(
         wrong = int((at & ~followed).sum())
         likelihood = (WEIGHTS + (1 - WEIGHTS) * right).log().sum(dim=0) + wrong * (1 - WEIGHTS).log()
         likelihood += WEIGHTS.log() + (1 - WEIGHTS).log()
-        weights.append(float(WEIGHTS[likelihood.argmax()]))
+        weights.append(round(float(WEIGHTS[likelihood.argmax()]), 2))
     return weights

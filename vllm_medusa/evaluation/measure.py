@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from vllm_medusa.checkpoint.target import check_sizes
 from vllm_medusa.data.packing import IGNORED, Sample
 from vllm_medusa.evaluation.lookup import best_weights
 from vllm_medusa.evaluation.paths import count_paths
-from vllm_medusa.evaluation.reading import ReadText, StatesOf, read_texts, states_of_target
+from vllm_medusa.evaluation.reading import ReadText, Remembered, StatesOf, read_texts
 from vllm_medusa.evaluation.reliability import DraftReliability, Positions, draft_reliability
 from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.evaluation.temperatures import GRID, best_temperature
@@ -115,7 +114,8 @@ def evaluate_heads(
 ) -> Evaluation:
     """Measure heads on texts; no text attends to another.
 
-    With lookup texts are read twice: once for temperatures and weights, once for what heads and text then draft.
+    With lookup heads read the texts three times: for temperatures and first weights, which are of steps of heads alone;
+    for weights where steps begin that pass over what is easily copied; and for what is drafted then.
 
     Args:
         target: a causal language model of ``transformers``.
@@ -132,27 +132,23 @@ def evaluate_heads(
         ValueError: all texts are too short for a head, or the target does to its logits what is not known.
 
     """
-    states_of = states_of or partial(states_of_target, target)
+    states_of = states_of or Remembered(target)
     plain = ServedHeads.of(target, heads, logit_scale)
     texts = read_texts(states_of, plain, samples, ranks, batch_size, show_progress)
     _check_labels(texts)
     steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
-    losses, followed, matched = (
-        torch.cat([getattr(text, name)[begins] for text, begins in steps]) for name in ("losses", "followed", "matched")
-    )
-    of_heads, sequential = range(heads.spec.num_heads), heads.spec.path_rank is not None
-    temperatures = [best_temperature(losses[:, head]) for head in of_heads]
+    losses = torch.cat([text.losses[begins] for text, begins in steps])
+    temperatures = [best_temperature(losses[:, head]) for head in range(heads.spec.num_heads)]
     lookup_weights = None
     if lookup:
-        nearest = [int((GRID.log() - math.log(each)).abs().argmin()) for each in temperatures]
-        lookup_weights = [
-            best_weights(torch.exp(-losses[:, head, nearest[head]]), followed[:, head], matched[:, head])
-            for head in of_heads
-        ]
-    served = plain.at(temperatures, lookup_weights)
-    if lookup:
-        texts = read_texts(states_of, served, samples, ranks, batch_size, show_progress)
+        first = plain.at(temperatures, _fitted_weights(steps, temperatures))
+        texts = read_texts(states_of, first, samples, ranks, batch_size, show_progress)
         steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+        lookup_weights = _fitted_weights(steps, [1.0] * heads.spec.num_heads)
+        second = plain.at(temperatures, lookup_weights)
+        texts = read_texts(states_of, second, samples, ranks, batch_size, show_progress)
+        steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+    served, sequential = plain.at(temperatures, lookup_weights), heads.spec.path_rank is not None
     judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps])
     found = torch.cat([text.ranks for text in texts])
     labelled = (found != IGNORED).sum(dim=0)
@@ -167,6 +163,24 @@ def evaluate_heads(
         before=draft_reliability(plain, _dynamic_tree(heads.spec, by_level=sequential), judged),
         after=draft_reliability(served, _dynamic_tree(heads.spec, by_level=sequential or lookup), judged),
     )
+
+
+def _fitted_weights(steps: Sequence[tuple[ReadText, torch.Tensor]], temperatures: Sequence[float]) -> list[list[float]]:
+    """Fit each head's weights at the positions where steps begin.
+
+    Args:
+        steps: the texts, and at which of their positions steps begin.
+        temperatures: by which the heads' logits are to be divided yet, for each head the nearest of the grid.
+
+    """
+    losses, followed, matched = (
+        torch.cat([getattr(text, name)[begins] for text, begins in steps]) for name in ("losses", "followed", "matched")
+    )
+    nearest = [int((GRID.log() - math.log(each)).abs().argmin()) for each in temperatures]
+    return [
+        best_weights(torch.exp(-losses[:, head, at]), followed[:, head], matched[:, head])
+        for head, at in enumerate(nearest)
+    ]
 
 
 def _check_labels(texts: Sequence[ReadText]) -> None:

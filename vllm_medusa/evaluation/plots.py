@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm_medusa.evaluation.calibration import Calibration
 from vllm_medusa.evaluation.measure import Evaluation
 from vllm_medusa.evaluation.reliability import DraftReliability
-from vllm_medusa.evaluation.report import TREE_SIZES
+from vllm_medusa.evaluation.report import TREE_SIZES, calibrated_by
 from vllm_medusa.files import replaced_file
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw(path: Path, evaluation: Evaluation, calibration: Calibration) -> None:
     right.set_xticks(ticks, list(map(str, ticks)))
     right.minorticks_off()
     right.legend()
-    titles = ("temperature 1", "fitted temperatures")
+    titles = ("temperature 1", f"fitted {calibrated_by(evaluation)}")
     for axis, title, drafts in zip(scores, titles, (evaluation.before, evaluation.after), strict=True):
         _reliability(axis, drafts)
         axis.set_title(title)

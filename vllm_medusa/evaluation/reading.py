@@ -64,6 +64,20 @@ def states_of_target(
     return final_hidden_states(target, tokens.to(target.device))
 
 
+class Remembered:
+    """A target that reads each batch of texts once, for all who ask for its states (see ``StatesOf``)."""
+
+    def __init__(self, target: PreTrainedModel) -> None:
+        self._target = target
+        self._states: dict[bytes, torch.Tensor] = {}
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        name = tokens.numpy().tobytes()
+        if name not in self._states:
+            self._states[name] = states_of_target(self._target, tokens)
+        return self._states[name]
+
+
 def read_texts(
     states_of: StatesOf,
     served: ServedHeads,

@@ -52,13 +52,18 @@ def print_tables(evaluation: Evaluation, calibration: Calibration, console: Cons
     for when, drafts in (("without", evaluation.before), ("with", evaluation.after)):
         length, said = drafts.acceptance_length, drafts.predicted_length
         console.print(
-            f"Dynamic trees {when} temperatures and lookup: {length:.2f} tokens/step, their scores say {said:.2f}."
+            f"Dynamic trees {when} {calibrated_by(evaluation)}: {length:.2f} tokens/step, their scores say {said:.2f}."
         )
+
+
+def calibrated_by(evaluation: Evaluation) -> str:
+    """Say what the dynamic trees of ``Evaluation.after`` have that those of ``before`` have not."""
+    return "temperatures" if evaluation.lookup_weights is None else "temperatures and lookup"
 
 
 def _scores(evaluation: Evaluation) -> Table:
     """Compare what scores say with what is accepted, depth by depth, before and after."""
-    table = Table(title="Scores of the nodes of dynamic trees, without and with temperatures and lookup")
+    table = Table(title=f"Scores of the nodes of dynamic trees, without and with {calibrated_by(evaluation)}")
     for column in ("depth", "T", *("score", "accepted", "error") * 2):
         table.add_column(column, justify="right")
     depths = zip(evaluation.temperatures, evaluation.before.depths, evaluation.after.depths, strict=False)

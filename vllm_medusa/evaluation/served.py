@@ -149,7 +149,7 @@ def draft(
     if isinstance(tree, BeamTree):
         heads: LevelHeads = ServedLevels(served, hidden)
         if served.lookup_weights is not None:
-            heads = LookupHeads(heads, text, served.lookup_weights)
+            heads = LookupHeads(heads, text, served.lookup_weights, served.heads.spec.vocab_size)
         return tree.draft(heads, roots)
     best = [served.top(head, hidden, tree.top_k) for head in range(tree.depth)]
     tokens, log_probs = (torch.stack(each, dim=1) for each in zip(*best, strict=True))

@@ -89,4 +89,4 @@ class MedusaProposer:
         if self._weights is None:
             return heads
         assert text is not None
-        return LookupHeads(heads, text, self._weights)
+        return LookupHeads(heads, text, self._weights, self.model.spec.vocab_size)

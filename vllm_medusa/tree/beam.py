@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tree for each request and step, grown level by level where what is said of a node's children depends on its path.
 
-Probabilities are then not known beforehand. At each depth
-the most probable nodes, the beam, are asked for their children; of all nodes so found the most probable ones make the
-tree. A path's probability is the product of its tokens', each given the path before it. It falls along the path, so
-every parent comes before its children. Against the best tree of as many nodes only children of nodes outside the beam
-can be missing. All shapes are fixed, but where levels are left out (``least_parent``).
+Probabilities are then not known beforehand. At each depth the most probable nodes, the beam, are asked for their
+children; of all nodes so found the most probable ones make the tree. A path's probability is the product of its
+tokens', each given the path before it. It falls along the path, so every parent comes before its children. Against the
+best tree of as many nodes only children of nodes outside the beam can be missing. All shapes are fixed, but where
+levels are left out (``least_parent``).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class BeamTree:
         if found < num_nodes:
             raise ValueError(
                 f"medusa_tree: {self.depth} heads give trees of at most {found} nodes where {beam} of a depth may "
-                f"have {self.top_k} children each, not {num_nodes}; lower num_speculative_tokens or raise medusa_top_k"
+                f"have {self.top_k} children each, not {num_nodes}; lower num_speculative_tokens, raise medusa_top_k, "
+                "or, for plain heads, give medusa_lookup false"
             )
         self._rows = torch.arange(num_nodes + 1)
 

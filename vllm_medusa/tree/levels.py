@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads as trees ask them whose nodes' paths count: one level after another."""
+"""Heads that are asked level by level, where what is drafted below a node depends on its path."""
 
 from __future__ import annotations
 

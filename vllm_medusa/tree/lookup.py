@@ -34,11 +34,13 @@ class LookupHeads:
         heads: heads that have not been asked yet.
         text: ``[num_reqs, length]``: see ``last_tokens``.
         weights: ``[heads, LONGEST_MATCH + 1]``, float32: the weight of a match by its length, 0 for none.
+        vocab_size: tokens that the target can read. A text may hold others, in the place of images, which are not
+            drafted.
 
     """
 
-    def __init__(self, heads: LevelHeads, text: torch.Tensor, weights: torch.Tensor) -> None:
-        self._heads, self._weights = heads, weights
+    def __init__(self, heads: LevelHeads, text: torch.Tensor, weights: torch.Tensor, vocab_size: int) -> None:
+        self._heads, self._weights, self._vocab_size = heads, weights, vocab_size
         # A path is aligned with the text where its root is; with these places before it, every other node fits too.
         self._text = pad(text, (len(weights), 0), value=NO_TOKEN)
         self._places = torch.arange(self._text.shape[1], device=text.device, dtype=torch.int32)
@@ -53,7 +55,7 @@ class LookupHeads:
         """Ask the next head, and look the nodes up (see ``LevelHeads``)."""
         log_probs, tokens = self._heads.top_predictions(asked, max(top_k, MERGED))
         found, lengths = self._look_up(asked)
-        weights = self._weights[self._level][lengths]
+        weights = self._weights[self._level][lengths].masked_fill(found >= self._vocab_size, 0)
         self._level += 1
         return mixed(log_probs, tokens, found, weights, top_k)
 
@@ -73,7 +75,7 @@ class LookupHeads:
 def _lengths_at_root(
     text: torch.Tensor,  # [num_reqs, length], int32
 ) -> torch.Tensor:
-    """Return how long the match is that ends at each place, of the text's end, ``[num_reqs, length]``, int32."""
+    """Return how many tokens up to each place are those up to the text's end, ``[num_reqs, length]``, int32."""
     windows = pad(text, (LONGEST_MATCH - 1, 0), value=NO_TOKEN).unfold(1, LONGEST_MATCH, 1)
     same = (windows == windows[:, -1:]) & (windows != NO_TOKEN)
     return same.flip(dims=(2,)).cumprod(dim=2, dtype=torch.int32).sum(dim=2, dtype=torch.int32)
@@ -133,7 +135,7 @@ def last_tokens(
 
 def weights_tensor(stored: Sequence[Sequence[float]]) -> torch.Tensor:
     """Return ``LookupHeads``'s weights from those of a checkpoint, ``[heads][match lengths]`` from 1 on."""
-    weights = torch.zeros(len(stored), LONGEST_MATCH + 1)
+    weights = torch.zeros(len(stored), LONGEST_MATCH + 1, dtype=torch.float32)
     for head, of_lengths in enumerate(stored):
         by_length = torch.tensor(of_lengths)
         places = torch.arange(LONGEST_MATCH).clamp(max=len(by_length) - 1)  # The last is of all that are longer.

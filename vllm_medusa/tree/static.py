@@ -109,7 +109,7 @@ class StaticTree:
         heads: LevelHeads,
         roots: torch.Tensor,  # [num_reqs], int64
     ) -> Drafts:
-        """Draft as ``draft`` does from heads that read the path to a node; ``roots`` are the last sampled tokens."""
+        """Draft as ``draft`` does, level by level; ``roots`` are the last sampled tokens."""
         return self._drafts(self._plan.fill(heads, roots))
 
     def _drafts(

@@ -52,9 +52,19 @@ def test_the_command_prints_tables_and_leaves_numbers_a_picture_and_the_tree(mod
     assert config["medusa_accuracies"] == results["medusa_accuracies"]
     assert config["medusa_temperatures"] == results["medusa_temperatures"]
     assert len(config["medusa_temperatures"]) == HEADS
+    assert config["medusa_lookup_weights"] == results["medusa_lookup_weights"]
+    assert len(config["medusa_lookup_weights"]) == HEADS
     for scores in (results["scores"]["before"], results["scores"]["after"]):
         assert len(scores["depths"]) == HEADS
         assert all(0 <= depth["expected_calibration_error"] <= 1 for depth in scores["depths"])
+
+
+def test_heads_measured_alone_are_written_without_weights_of_lookups(models: Path, tmp_path: Path) -> None:
+    heads = shutil.copytree(models / "heads", tmp_path / "heads")
+    assert evaluate(models, heads, "--write").exit_code == 0
+    assert "medusa_lookup_weights" in json.loads((heads / "config.json").read_text())
+    assert evaluate(models, heads, "--write", "--no-lookup").exit_code == 0
+    assert "medusa_lookup_weights" not in json.loads((heads / "config.json").read_text())
 
 
 def test_the_target_may_be_loaded_in_another_dtype(models: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_last_of_the_longest_matches_of_a_path_is_found(both: list[list[int]
     text = torch.tensor([[NO_TOKEN] * (length - len(each)) + each for each in both], dtype=torch.int32)
     # A weight that tells the length, so that the answer shows it.
     weights = weights_tensor([[(matched + 1) / 10 for matched in range(1, LONGEST_MATCH + 1)]] * (len(path) + 1))
-    heads = LookupHeads(unsure_heads(len(both), len(path) + 1), text, weights)
+    heads = LookupHeads(unsure_heads(len(both), len(path) + 1), text, weights, VOCAB)
     first = torch.zeros(len(both), 1, dtype=torch.int64)
 
     found = heads.top_predictions(Asked(text[:, -1:].long()), 5)
@@ -73,7 +73,7 @@ def test_what_followed_is_drafted_with_what_heads_say() -> None:
     text = torch.tensor([[5, 6, 7, 8, 5, 6], [NO_TOKEN, 1, 2, 3, 4, 5]], dtype=torch.int32)
     weights = weights_tensor([[0.1, 0.6], [0.1, 0.6]])
 
-    drafts = BeamTree(2, 4, 4, 2, 0.0).draft(LookupHeads(unsure_heads(2, 2), text, weights), text[:, -1].long())
+    drafts = BeamTree(2, 4, 4, 2, 0.0).draft(LookupHeads(unsure_heads(2, 2), text, weights, 9), text[:, -1].long())
 
     assert drafts.tokens[0, :2].tolist() == [7, 8]
     assert drafts.parents[0, :2].tolist() == [0, 1]
@@ -85,8 +85,15 @@ def test_what_followed_is_drafted_with_what_heads_say() -> None:
 def test_a_chain_follows_a_match_that_is_more_probable_than_the_heads_first_token() -> None:
     text = torch.tensor([[5, 6, 7, 8, 5, 6]], dtype=torch.int32)
     for weight, expected in ((0.3, [7, 8]), (0.1, [UNKNOWN, UNKNOWN])):
-        heads = LookupHeads(unsure_heads(1, 2), text, weights_tensor([[weight]] * 2))
+        heads = LookupHeads(unsure_heads(1, 2), text, weights_tensor([[weight]] * 2), 9)
         assert chain(2).draft_by_level(heads, torch.tensor([6])).tokens.tolist() == [expected]
+
+
+def test_what_the_target_cannot_read_is_not_drafted() -> None:
+    text = torch.tensor([[5, 6, 7, 8, 5, 6]], dtype=torch.int32)
+    for vocab_size, expected in ((8, 7), (7, UNKNOWN)):
+        heads = LookupHeads(unsure_heads(1, 1), text, weights_tensor([[0.9]]), vocab_size)
+        assert heads.top_tokens(Asked(text[:, -1:].long()), 1).item() == expected
 
 
 def test_the_weights_of_a_token_that_both_name_add_up() -> None:

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 
 from vllm_medusa.acceptance.exact import Walk
 from vllm_medusa.budget.budget import Budget
+from vllm_medusa.budget.growth import BEST_CHILD, FOLLOWED
 from vllm_medusa.config import medusa_config
 from vllm_medusa.runner.budget_report import BudgetReport, report_of
 from vllm_medusa.runner.v1.drafts import WaitingDrafts
@@ -44,7 +45,8 @@ class StepBudget:
             return None
         most = options.medusa_budget if isinstance(options.medusa_budget, int) else None
         num_ranks = vllm_config.parallel_config.tensor_parallel_size
-        return cls(Budget(max_depth, most), report_of(vllm_config), num_ranks)
+        best_child = BEST_CHILD if options.lookup_weights is None else FOLLOWED
+        return cls(Budget(max_depth, most, best_child), report_of(vllm_config), num_ranks)
 
     def begin(self) -> None:
         """Start the clock."""

@@ -190,7 +190,7 @@ class MedusaModelRunner(CPUModelRunner):
         """Return the end of each request's text, ``[num_reqs, length]`` (see ``last_tokens``)."""
         batch = self.input_batch
         lengths = torch.from_numpy(batch.num_tokens_no_spec[: batch.num_reqs]).long()
-        length = min(LOOKBACK, max(int(lengths.max()), 2))
+        length = min(LOOKBACK, int(lengths.max()))
         return last_tokens(batch.token_ids_cpu_tensor, torch.arange(batch.num_reqs), lengths, length)
 
     def _most_nodes(self) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ class ProposalBuffers:
 
     Attributes:
         hidden: ``[max_num_reqs, hidden_size]``: hidden states.
-        roots: ``[max_num_reqs]``, int64: the last sampled tokens, for heads that read them.
+        roots: ``[max_num_reqs]``, int64: the last sampled tokens, where trees are grown or filled level by level.
         texts: the requests' texts; None where paths are not looked up.
         drafts: what is drafted from them; without ``log_probs`` where no budget asks for them.
 

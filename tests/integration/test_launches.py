@@ -30,7 +30,7 @@ STATIC = {**STAGES, "graph": 10}
 DYNAMIC = {**STAGES, "graph": 29}
 SEQUENTIAL = {**STATIC, "proposal": 3, "graph": 50}
 SEQUENTIAL_DYNAMIC = {**DYNAMIC, "proposal": 3, "graph": 94}
-WITH_LOOKUP = {**DYNAMIC, "proposal": 4, "graph": 223}
+WITH_LOOKUP = {**DYNAMIC, "proposal": 4, "graph": 231}
 CHAIN = {**STAGES, "commit": 0, "graph": 10}
 """Of one step, with four heads, two layers and one KV cache group, in fp32; docs/architecture.md states them. All other
 launches are the layers' attention, which a GPU has in the target's graph; here chains have the trees' attention too."""

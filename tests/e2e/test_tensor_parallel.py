@@ -13,14 +13,14 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 def test_two_ranks_say_what_one_says_and_grow_the_same_trees(
-    tiny_target: Path, tiny_sequential_heads: Path, four_prompts: list[list[int]]
+    tiny_target: Path, tiny_sequential_heads_with_lookup: Path, four_prompts: list[list[int]]
 ) -> None:
-    alone = decode(tiny_target, tiny_sequential_heads, four_prompts, "dynamic")
+    alone = decode(tiny_target, tiny_sequential_heads_with_lookup, four_prompts, "dynamic")
     assert alone.counters.accepted > 0
     with no_process_left():
         together = decode(
             tiny_target,
-            tiny_sequential_heads,
+            tiny_sequential_heads_with_lookup,
             four_prompts,
             "dynamic",
             tensor_parallel_size=2,

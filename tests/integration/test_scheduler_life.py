@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -438,9 +438,9 @@ class TestLittleRoom:
     """Steps of few tokens, and a cache that cannot hold the requests that run."""
 
     @pytest.fixture(scope="class")
-    def llm(self, plain: Plain, target: Path, tiny_heads: Path) -> Iterator[LLM]:
+    def llm(self, plain: Plain, target: Path, tiny_heads: Path, with_lookup: Callable[[Path], Path]) -> Iterator[LLM]:
         options = OPTIONS | {"max_num_batched_tokens": 48, "num_gpu_blocks_override": on(v1=13, v2=9)}
-        with engine(target, heads=tiny_heads, tree=TREE, **options) as llm:
+        with engine(target, heads=with_lookup(tiny_heads), tree=TREE, **options) as llm:
             yield llm
 
     def test_prompts_in_chunks_share_steps_with_trees_that_the_budget_cuts(self, llm: LLM, plain: Plain) -> None:

@@ -39,6 +39,7 @@ class Case:
 
     tree: Tree
     nodes: int
+    heads: str = "tiny_heads"
     captured: tuple[int, int] = (1, 3)
     """By default two are padded to three, and four are too many."""
 
@@ -48,7 +49,11 @@ class Case:
         return max(self.captured) + 1
 
 
-CASES = {"static 31": Case("sparse", 31), "dynamic 31": Case("dynamic", 31)}
+CASES = {
+    "static 31": Case("sparse", 31),
+    "dynamic 31": Case("dynamic", 31),
+    "dynamic 31 with lookup": Case("dynamic", 31, "tiny_sequential_heads_with_lookup"),
+}
 if "triton" in UNDER_TEST.words:
     # Rows of a large tree take long to interpret, so that none are padded.
     CASES = {"chain": Case("chain", 4), "static 63": Case("sparse", 63, captured=(1, 2))}
@@ -118,10 +123,10 @@ def noise_between_steps(llm: LLM) -> Iterator[None]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_replayed_and_eager_steps_say_what_plain_decoding_says(
-    case: Case, tiny_target: Path, tiny_heads: Path, prompts: list[list[int]], plain: list[list[int]]
+    case: Case, tiny_target: Path, prompts: list[list[int]], plain: list[list[int]], request: pytest.FixtureRequest
 ) -> None:
     with (
-        rehearsed(tiny_target, tiny_heads, case) as llm,
+        rehearsed(tiny_target, request.getfixturevalue(case.heads), case) as llm,
         noise_between_steps(llm),
         recorded_steps(llm) as steps,
     ):

@@ -21,6 +21,7 @@ from vllm_medusa.config import (
     medusa_config,
 )
 from vllm_medusa.runner.proposer import MedusaProposer
+from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.dynamic import DynamicTree
 from vllm_medusa.tree.static import MAX_NODES, StaticTree, cartesian
 
@@ -114,6 +115,18 @@ def test_a_sparse_tree_grows_from_the_checkpoints_paths_where_there_are_enough(m
     assert models.medusa({**options, "num_speculative_tokens": 6}).tree.choices[:4] == [[0], [1], [2], [0, 0]]
     narrow = {**options, "num_speculative_tokens": 4, "medusa_top_k": 2}
     assert models.medusa(narrow).tree.choices == [[0], [1], [0, 0], [0, 0, 0]]
+
+
+def test_paths_are_looked_up_where_the_checkpoint_has_weights_and_the_option_is_on(models: Models) -> None:
+    weights = [[0.1, 0.5]] * 4
+    heads = models.heads(medusa_lookup_weights=weights, medusa_tree="dynamic")
+    default = models.medusa({"model": heads})
+    assert default.lookup_weights == weights
+    assert isinstance(default.tree, BeamTree)
+    off = models.medusa({"model": heads, "medusa_lookup": False})
+    assert off.lookup_weights is None
+    assert isinstance(off.tree, DynamicTree)
+    assert models.medusa({}).lookup_weights is None
 
 
 @pytest.mark.parametrize("form", ["option", "file", "checkpoint"])

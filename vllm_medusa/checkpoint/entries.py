@@ -24,6 +24,7 @@ MOST_TOKENS = 2**24
 MOST_WIDTH = 2**20
 MOST_TEMPERATURE = 100
 MOST_MATCHED = 8
+"""``tree.lookup.LONGEST_MATCH``."""
 
 PathName = Annotated[str, Field(pattern=r"^[0-9]{1,4}(,[0-9]{1,4})*$")]
 """Ranks from the root down, such as ``"0,2"``."""

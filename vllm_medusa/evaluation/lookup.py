@@ -44,8 +44,8 @@ class Matches:
         tokens, lengths = text.new_zeros(size, num_heads), text.new_zeros(size, num_heads)
         for head in range(min(num_heads, size - 1)):
             root = places[1 : size - head]
-            seen = (places < root[:, None]) & (places > root[:, None] - LOOKBACK)
-            best = ((by_end[head + 1 :] * size + places) * seen).amax(dim=1)
+            in_window = (places - root[:, None] + LOOKBACK).clamp(min=0) * (places < root[:, None])
+            best = (torch.minimum(by_end[head + 1 :], in_window) * size + places * (in_window > 0)).amax(dim=1)
             lengths[: len(root), head] = best // size
             tokens[: len(root), head] = text[(best % size + 1).clamp(max=size - 1)]
         return cls(tokens, lengths)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic
 from tests.unit.tree.test_lookup import longest_match, texts
+from vllm_medusa.evaluation import lookup
 from vllm_medusa.evaluation.lookup import Matches, best_weights
 from vllm_medusa.tree.lookup import LONGEST_MATCH
 
@@ -14,13 +18,15 @@ HEADS = 3
 
 
 @deterministic
-@given(text=texts)
-def test_matches_along_a_text_are_those_that_serving_finds(text: list[int]) -> None:
-    found = Matches.of(torch.tensor(text), HEADS)
+@given(text=texts, window=st.sampled_from([9, 64]))
+def test_matches_along_a_text_are_those_that_serving_finds(text: list[int], window: int) -> None:
+    with patch.object(lookup, "LOOKBACK", window):
+        found = Matches.of(torch.tensor(text), HEADS)
     for head in range(HEADS):
         for position in range(len(text) - 1 - head):
             root = position + 1
-            length, followed = longest_match(text[: root + 1], text[root + 1 : root + 1 + head])
+            read = text[max(0, root + 1 - window) : root + 1]
+            length, followed = longest_match(read, text[root + 1 : root + 1 + head])
             assert found.lengths[position, head] == length
             if length:
                 assert found.tokens[position, head] == followed

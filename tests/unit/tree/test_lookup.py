@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.strategies import deterministic
+from vllm_medusa.checkpoint.entries import MOST_MATCHED
 from vllm_medusa.tree.beam import BeamTree
 from vllm_medusa.tree.drafts import NO_TOKEN
 from vllm_medusa.tree.levels import Asked, PlainHeads
@@ -110,6 +111,10 @@ def test_texts_end_at_their_roots() -> None:
     stored = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 0, 0, 0], [7, 8, 9, 0, 0]], dtype=torch.int32)
     found = last_tokens(stored, torch.tensor([2, 0]), torch.tensor([2, 4]), 3)
     assert found.tolist() == [[NO_TOKEN, 7, 8], [2, 3, 4]]
+
+
+def test_a_checkpoint_has_no_more_weights_than_are_read() -> None:
+    assert MOST_MATCHED == LONGEST_MATCH
 
 
 def test_the_last_weight_is_of_all_longer_matches() -> None:

@@ -49,13 +49,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[{}, {"medusa_lookup_weights": [[0.3, 0.6]] * 3}], ids=["heads alone", "lookup"])
+def heads(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     torch.manual_seed(1)
     spec = HeadsSpec(hidden_size=HIDDEN, vocab_size=VOCAB, num_heads=3, fc_bias=False)
     state = {f"blocks.{head}.layers.0.weight": torch.randn(HIDDEN, HIDDEN) / 8 for head in range(3)}
     state |= {f"lm_heads.{head}.weight": torch.randn(VOCAB, HIDDEN) for head in range(3)}
-    return write_heads(tmp_path_factory.mktemp("heads") / "heads", spec, state)
+    return write_heads(tmp_path_factory.mktemp("heads") / "heads", spec, state, request.param)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from path_scores import read_held_out, where_steps_begin
+from path_scores import RANKS, read_held_out
+from vllm_medusa.evaluation.measure import where_steps_begin
 from vllm_medusa.evaluation.reliability import Positions, draft_reliability
 from vllm_medusa.progress import track
 from vllm_medusa.tree.beam import BeamTree
@@ -36,7 +37,7 @@ def main(
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of a text.")] = 512,
 ) -> None:
     served, read = read_held_out(target, heads, data, texts, max_length)
-    begins = where_steps_begin(read)
+    begins = where_steps_begin(read, RANKS)
     positions = Positions.cat([text.at.where(of[text.kept]) for text, of in zip(read, begins, strict=True)])
 
     table = Table(title=f"Accepted tokens per step at {len(positions.roots)} positions, and against best-first")

@@ -25,17 +25,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_medusa.data.dataset import read_samples
 from vllm_medusa.data.packing import Sample
 from vllm_medusa.data.record_files import BadLineCounter, BadLines
-from vllm_medusa.evaluation.measure import load_heads
-from vllm_medusa.evaluation.paths import count_paths
+from vllm_medusa.evaluation.measure import load_heads, where_steps_begin
 from vllm_medusa.evaluation.reading import ReadText, read_texts, states_of_target
 from vllm_medusa.evaluation.reliability import Positions, draft_reliability
 from vllm_medusa.evaluation.served import ServedHeads
 from vllm_medusa.evaluation.temperatures import best_temperature
-from vllm_medusa.evaluation.walk import visited
-from vllm_medusa.tree.best_first import best_first
 from vllm_medusa.tree.dynamic import DynamicTree
 
-RANKS, REFERENCE_NODES = 10, 31
+RANKS = 10
 
 
 class Bounded(DynamicTree):
@@ -75,12 +72,6 @@ def read_held_out(
     return served, read_texts(partial(states_of_target, model), served, cut, RANKS, batch_size=8, show_progress=True)
 
 
-def where_steps_begin(texts: list[ReadText]) -> list[torch.Tensor]:
-    ranks = torch.cat([text.ranks[(text.ranks >= 0).all(dim=1)] for text in texts])
-    reference = best_first(count_paths(ranks, RANKS), REFERENCE_NODES)
-    return [visited(text.ranks, reference) for text in texts]
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +88,7 @@ def main() -> None:
     )
     heads = served.heads
 
-    steps = list(zip(texts, where_steps_begin(texts), strict=True))
+    steps = list(zip(texts, where_steps_begin(texts, RANKS), strict=True))
     losses = torch.cat([text.losses[begins] for text, begins in steps[::2]])
     temperatures = [best_temperature(losses[:, head]) for head in range(heads.spec.num_heads)]
     judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps[1::2]])

@@ -106,7 +106,7 @@ def measure(runner: Any, num_reqs: int, rounds: int) -> Times:
             default_num_nodes=nodes,
             top_k=None,
             min_probability=None,
-            by_level=spec.path_rank is not None or proposer.looks_up,
+            by_level=proposer.reads_roots,
         ).dynamic()
         for nodes in NODES
     }

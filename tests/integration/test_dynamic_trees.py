@@ -66,6 +66,16 @@ class Plain:
             self.seeded = texts(generate(llm, self.prompts[: len(SEEDED)], SEEDED))
             self.code = texts(generate(llm, self.prompts[:CODES], CODE))
 
+    def is_said_by(self, llm: LLM) -> SpecCounters:
+        """Assert that an engine says it too, in batches that mix; return what it counted with greedy requests."""
+        assert texts(generate_staggered(llm, self.prompts, greedy(TOKENS), most=MOST)) == self.greedy
+        counters = spec_counters(llm)
+        assert texts(generate(llm, self.prompts[: len(SEEDED)], SEEDED)) == self.seeded
+        both = [CODE, greedy(TOKENS)] * CODES
+        mixed = texts(generate(llm, [self.prompts[index // 2] for index in range(2 * CODES)], both))
+        assert mixed == [each for pair in zip(self.code, self.greedy, strict=False) for each in pair]
+        return counters
+
 
 @dataclass(frozen=True)
 class CodeRun:

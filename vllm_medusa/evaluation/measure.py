@@ -134,23 +134,24 @@ def evaluate_heads(
     """
     states_of = states_of or Remembered(target)
     plain = ServedHeads.of(target, heads, logit_scale)
-    texts = read_texts(states_of, plain, samples, ranks, batch_size, show_progress)
-    _check_labels(texts)
-    steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+
+    def read(served: ServedHeads) -> list[tuple[ReadText, torch.Tensor]]:
+        """Return the texts, and at which of their positions steps begin."""
+        texts = read_texts(states_of, served, samples, ranks, batch_size, show_progress)
+        _check_labels(texts)
+        return list(zip(texts, where_steps_begin(texts, ranks), strict=True))
+
+    steps = read(plain)
     losses = torch.cat([text.losses[begins] for text, begins in steps])
     temperatures = [best_temperature(losses[:, head]) for head in range(heads.spec.num_heads)]
     lookup_weights = None
     if lookup:
-        first = plain.at(temperatures, _fitted_weights(steps, temperatures))
-        texts = read_texts(states_of, first, samples, ranks, batch_size, show_progress)
-        steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+        steps = read(plain.at(temperatures, _fitted_weights(steps, temperatures)))
         lookup_weights = _fitted_weights(steps, [1.0] * heads.spec.num_heads)
-        second = plain.at(temperatures, lookup_weights)
-        texts = read_texts(states_of, second, samples, ranks, batch_size, show_progress)
-        steps = list(zip(texts, _where_steps_begin(texts, ranks), strict=True))
+        steps = read(plain.at(temperatures, lookup_weights))
     served, sequential = plain.at(temperatures, lookup_weights), heads.spec.path_rank is not None
     judged = Positions.cat([text.at.where(begins[text.kept]) for text, begins in steps])
-    found = torch.cat([text.ranks for text in texts])
+    found = torch.cat([text.ranks for text, _ in steps])
     labelled = (found != IGNORED).sum(dim=0)
     hits = torch.stack([(found == rank).sum(dim=0) for rank in range(ranks)], dim=1)
     return Evaluation(
@@ -199,8 +200,8 @@ def _check_labels(texts: Sequence[ReadText]) -> None:
         )
 
 
-def _where_steps_begin(texts: Sequence[ReadText], ranks: int) -> list[torch.Tensor]:
-    """Decode the texts with the best tree of ``JUDGED_NODES`` nodes (see ``visited``)."""
+def where_steps_begin(texts: Sequence[ReadText], ranks: int) -> list[torch.Tensor]:
+    """Decode the texts with the best tree of ``JUDGED_NODES`` nodes; return what ``visited`` does of each text."""
     found = torch.cat([text.ranks for text in texts])
     everywhere = count_paths(found[(found != IGNORED).all(dim=1)], ranks)
     reference = best_first(everywhere, min(JUDGED_NODES, everywhere.available)) if everywhere.available else chain(1)

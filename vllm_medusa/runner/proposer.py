@@ -48,6 +48,11 @@ class MedusaProposer:
         """Whether paths are looked up in the requests' texts."""
         return self._weights is not None
 
+    @property
+    def reads_roots(self) -> bool:
+        """Whether what is drafted below a node depends on the path to it, which begins with the root."""
+        return self.model.paths is not None or self.looks_up
+
     @torch.inference_mode()
     def propose(
         self,
@@ -67,7 +72,7 @@ class MedusaProposer:
         """
         if isinstance(self.tree, BeamTree):
             return self.tree.draft(self._by_level(hidden, text), roots, least_parent)
-        if self.model.paths is not None or self.looks_up:
+        if self.reads_roots:
             assert isinstance(self.tree, StaticTree)
             return self.tree.draft_by_level(self._by_level(hidden, text), roots)
         if isinstance(self.tree, DynamicTree):

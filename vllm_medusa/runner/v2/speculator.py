@@ -97,7 +97,7 @@ class MedusaSpeculator(BaseSpeculator):
             return self._nothing(input_batch.idx_mapping)
         assert self.stopped_at is not None
         torch.index_select(last_hidden_states, 0, self.stopped_at, out=hidden)
-        if self.proposer.model.paths is not None or self.proposer.looks_up:
+        if self.proposer.reads_roots:
             roots = self._buffers.roots[: input_batch.num_reqs]
             torch.index_select(last_sampled.view(-1), 0, input_batch.idx_mapping, out=roots)
         if self._buffers.texts is not None:
